@@ -1,0 +1,151 @@
+"""The front door: `apply_pruner` attaches a method to a model and returns a `Handle`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from prune.budget import Budget
+from prune.errors import BudgetError, ConfigError, UnsupportedModelError
+from prune.method import Method
+from prune.registry import get_method
+from prune.report import Report
+
+
+def apply_pruner(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    ratio: float | None = None,
+    keep: int | None = None,
+    average: float | None = None,
+    flops: float | None = None,
+    positions: str | None = None,
+    **options,
+) -> Handle:
+    """Prune the visual tokens of an unmodified vision-language model from now on.
+
+    Forward hooks go on; weights, classes and `forward` methods stay as they are. All checks run first: an error
+    leaves the model untouched.
+
+    Args:
+        model: a Hugging Face image-text-to-text model (see the README for the families), PEFT-wrapped or not.
+        method: a registered name (`list_methods()`), or a method object such as `FastV(layer=3)` or `Compose(...)`.
+        ratio, keep, average, flops: the budget, exactly one of them; see `Budget`. `ratio` is the share REMOVED.
+        positions: "original" (kept tokens keep their position ids, gaps stay) or "compact" (renumbered without gaps;
+            for methods that act before the decoder only). None takes the method's own.
+        **options: the method's options, when it is given by name.
+
+    Returns:
+        The handle; also a context manager that removes the pruner at its end.
+
+    Raises:
+        UnknownMethodError, ConfigError: no such method, option or position policy.
+        BudgetError: not exactly one budget, or out of range.
+        UnsupportedModelError: not a model we know how to attach to.
+        UnsupportedMethodError: the model lacks what the method needs.
+        AlreadyAttachedError: the model carries a pruner already.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"apply_pruner wants a model (torch.nn.Module), got {type(model).__name__}")
+    if isinstance(method, Method):
+        if options:
+            raise ConfigError(f"options {sorted(options)} go into the method object: {type(method).__name__}(...)")
+    elif isinstance(method, str):
+        method = get_method(method, **options)
+    else:
+        raise ConfigError(f"method wants a name or a method object, got {type(method).__name__}")
+    given = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
+    carries_own = getattr(method, "budgets", None) is not None
+    if carries_own and any(value is not None for value in given.values()):
+        raise BudgetError("this Compose has budgets of its own; give apply_pruner none, or Compose none")
+    budget = None if carries_own else Budget(**given)
+    if positions not in (None, "original", "compact"):
+        raise ConfigError(f"positions={positions!r} must be 'original' or 'compact'")
+
+    from prune.adapters import attach  # model code, and with it transformers, is imported only when there is a model
+
+    return Handle(attach(model, method, budget, positions or method.positions))
+
+
+def get_handle(model: nn.Module) -> Handle | None:
+    """The handle of the pruner a model carries (a deep copy of a pruned model carries its own), or None."""
+    from prune.adapters import attached
+
+    engine = attached(model)
+    return None if engine is None else Handle(engine)
+
+
+class Handle:
+    """A pruner on a model: inspect it, change its budget, switch it off, remove it.
+
+    Attributes:
+        method: the method object.
+    """
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    @property
+    def method(self) -> Method:
+        return self._engine.method
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget of the next prefill; assign a `Budget` to change it without re-attaching."""
+        return self._engine.budget
+
+    @budget.setter
+    def budget(self, budget: Budget):
+        if not isinstance(budget, Budget):
+            raise BudgetError(f"assign a Budget, such as Budget(keep=128), not {budget!r}")
+        if self._engine.budget is None:
+            raise BudgetError("this Compose has budgets of its own; attach a Compose without them to set one budget")
+        self._engine.budget = budget
+
+    @property
+    def last(self) -> Report | None:
+        """What the last prefill with images did (None before the first). Reading it may wait for the device."""
+        record = self._engine.record
+        return None if record is None else record.report()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context new prefills are not pruned: the model computes bit for bit what it would un-hooked.
+
+        Conversations that were pruned before go on correctly. The switch is the handle's: other threads see it too.
+        """
+        before, self._engine.enabled = self._engine.enabled, False
+        try:
+            yield
+        finally:
+            self._engine.enabled = before
+
+    @contextmanager
+    def visual_mask(self, mask: Tensor) -> Iterator[None]:
+        """Within this context `mask` (`[B, L]` bool) says which columns of `inputs_embeds` are visual tokens.
+
+        Needed only when image features were merged into `inputs_embeds` by hand: nothing marks them then. Each
+        contiguous run of True counts as one image.
+        """
+        before, self._engine.visual_mask = self._engine.visual_mask, mask
+        try:
+            yield
+        finally:
+            self._engine.visual_mask = before
+
+    def remove(self) -> None:
+        """Take every hook off; the model is what it was before. Safe to call twice."""
+        self._engine.detach()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self):
+        state = "attached" if self._engine.attached else "removed"
+        return f"Handle({self.method!r}, {self.budget}, {state})"

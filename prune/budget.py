@@ -1,0 +1,136 @@
+"""How many visual tokens to keep: one `Budget` with four spellings, resolved against a `Geometry`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from numbers import Real
+
+from prune.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes a budget is resolved against: one image in one sample, and the decoder it goes through.
+
+    Args:
+        visual_tokens: visual tokens of the image (or of the whole sample, for a `flops` budget).
+        text_tokens: all other tokens of the sample; only a `flops` budget looks at them.
+        layers: number of decoder layers.
+        hidden_size, intermediate_size, heads, kv_heads, head_dim: decoder widths; only for FLOPs and KV bytes.
+    """
+
+    visual_tokens: int
+    text_tokens: int = 0
+    layers: int = 32
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+
+    def prefill_flops(self, alive: Sequence[int]) -> int:
+        """FLOPs of the decoder's prefill, two per multiply-add.
+
+        Counts the q, k, v, o projections, a gated MLP and attention over all T x T pairs (as
+        `torch.utils.flop_counter` counts SDPA: causal masking is not subtracted). Tower, projector and LM head
+        are left out: pruning does not change them.
+
+        Args:
+            alive: visual tokens entering each decoder layer, one number per layer.
+        """
+        width = self.heads * self.head_dim
+        weights = 2 * self.hidden_size * (width + self.kv_heads * self.head_dim)
+        weights += 3 * self.hidden_size * self.intermediate_size
+        totals = [n + self.text_tokens for n in alive]
+        return sum(2 * t * weights + 4 * t * t * width for t in totals)
+
+    def kv_bytes(self, alive: Sequence[int], bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values the decoder stores for `alive` visual tokens per layer plus the text."""
+        per_token = 2 * self.kv_heads * self.head_dim * bytes_per_value
+        return sum((n + self.text_tokens) * per_token for n in alive)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens survive. Exactly one of the four spellings is given.
+
+    Args:
+        ratio: share of the visual tokens REMOVED after the last stage, in [0, 1).
+        keep: visual tokens kept per image after the last stage, >= 1.
+        average: visual tokens per image, averaged over the decoder layers, > 0: the equal-compute comparison.
+        flops: share of the un-pruned decoder prefill FLOPs (`Geometry.prefill_flops`) left over, in (0, 1].
+
+    Counts round to nearest, ties to even, and never fall below 1 per image. `ratio` is read as the decimal it was
+    written as (0.9 of 15 tokens keeps 1.5 -> 2, not 1.4999... -> 1).
+
+    Raises:
+        BudgetError: none or several are given, or the value is out of range, NaN or no number.
+    """
+
+    ratio: float | None = None
+    keep: int | None = None
+    average: float | None = None
+    flops: float | None = None
+
+    def __post_init__(self):
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise BudgetError(f"give exactly one of ratio, keep, average, flops (got {names}), for example ratio=0.9")
+        ((name, value),) = given.items()
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise BudgetError(f"{name}={value!r} is not a finite number")
+        good, domain = {
+            "ratio": (0 <= value < 1, "in [0, 1): the share of visual tokens removed"),
+            "keep": (value >= 1 and value == int(value), "a whole number >= 1: visual tokens kept per image"),
+            "average": (value > 0, "> 0: mean visual tokens per decoder layer"),
+            "flops": (0 < value <= 1, "in (0, 1]: the share of prefill FLOPs left"),
+        }[name]
+        if not good:
+            raise BudgetError(f"{name}={value!r} must be {domain}")
+
+    def __str__(self):
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) is not None)
+
+    def solve(self, geometry: Geometry, alive: Callable[[int], Sequence[int]]) -> int:
+        """The number of visual tokens one image keeps after the last stage.
+
+        Args:
+            geometry: sizes; `geometry.visual_tokens` is the un-pruned count N.
+            alive: the method's profile: final count -> visual tokens entering each decoder layer. It must not
+                decrease with the final count.
+
+        Returns:
+            A count in [1, N]; for `average` and `flops` the one whose cost is nearest (the smaller one on a tie).
+
+        Raises:
+            BudgetError: even one token left over costs more than `average` or `flops` allows.
+        """
+        n = geometry.visual_tokens
+        if self.ratio is not None:
+            return min(n, max(1, round(n * (1 - Fraction(str(float(self.ratio)))))))
+        if self.keep is not None:
+            return min(n, int(self.keep))
+        if self.average is not None:
+            target, cost = self.average, lambda k: sum(alive(k)) / geometry.layers
+        else:
+            full = geometry.prefill_flops([n] * geometry.layers)
+            target, cost = self.flops, lambda k: geometry.prefill_flops(alive(k)) / full
+        return self._nearest(target, cost, n)
+
+    def _nearest(self, target: float, cost: Callable[[int], float], n: int) -> int:
+        if cost(n) <= target:
+            return n
+        if cost(1) > target:
+            raise BudgetError(
+                f"{self} is out of reach: one token kept of {n} still costs {cost(1):.4g}; "
+                "raise the budget or prune at an earlier layer"
+            )
+        low, high = 1, n  # cost(low) <= target < cost(high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(middle) <= target else (low, middle)
+        return low if target - cost(low) <= cost(high) - target else high

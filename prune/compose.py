@@ -1,0 +1,79 @@
+"""Run several methods one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prune.budget import Budget, Geometry
+from prune.errors import ConfigError
+from prune.method import Method, Stage
+
+
+@dataclass(init=False)
+class Compose(Method):
+    """Methods in sequence, each acting on what the one before left over.
+
+    Under one budget every member removes the same share of what reaches it, so that the last one meets the budget:
+    member j of m leaves N * (K / N) ** (j / m) of N tokens. Give `budgets` to set each member's own instead; a count
+    is then relative to what reaches the member, and no budget is passed to `apply_pruner`.
+
+    Example:
+        >>> apply_pruner(model, Compose(DivPrune(), FastV(layer=8)), ratio=0.9)
+
+    Args:
+        members: methods in the order data meets them; their sites must ascend.
+        budgets: one `Budget(ratio=...)` or `Budget(keep=...)` per member.
+
+    Raises:
+        ConfigError: fewer than two members, sites that do not ascend, different position policies, wrong `budgets`.
+    """
+
+    members: tuple[Method, ...]
+    budgets: tuple[Budget, ...] | None
+
+    name = "compose"
+
+    def __init__(self, *members: Method, budgets: Sequence[Budget] | None = None):
+        if len(members) < 2 or not all(isinstance(member, Method) for member in members):
+            raise ConfigError("Compose wants at least two method objects, such as Compose(DivPrune(), FastV())")
+        sites = [site for member in members for site in member.sites()]
+        if any(a >= b for a, b in zip(sites, sites[1:])):
+            raise ConfigError(f"the sites of composed methods must ascend, got {', '.join(map(str, sites))}")
+        if budgets is not None:
+            budgets = tuple(budgets)
+            if len(budgets) != len(members) or any(b.ratio is None and b.keep is None for b in budgets):
+                raise ConfigError("budgets wants one Budget(ratio=...) or Budget(keep=...) per member")
+        self.members, self.budgets = members, budgets
+        self.needs_question = any(member.needs_question for member in members)
+        self.adaptive = any(member.adaptive for member in members)
+        self.merges = any(member.merges for member in members)
+        self.newlines = any(member.newlines for member in members)
+        self.signals = tuple(dict.fromkeys(signal for member in members for signal in member.signals))
+        compact = {member.positions for member in members if member.sites()[0].kind == "projected"}
+        self.positions = compact.pop() if len(compact) == 1 else "original"
+
+    def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
+        return self._chain(geometry, self._split(geometry.visual_tokens, keep))
+
+    def stages(self, geometry: Geometry, budget: Budget | None) -> tuple[Stage, ...]:
+        if budget is not None:
+            return super().stages(geometry, budget)
+        if self.budgets is None:
+            raise ConfigError("Compose has no budgets of its own; give apply_pruner one, such as ratio=0.9")
+        return self._chain(geometry, self.budgets)
+
+    def _split(self, n: int, keep: int) -> list[Budget]:
+        m = len(self.members)
+        counts = [max(keep, round(n * (keep / n) ** ((j + 1) / m))) for j in range(m)]
+        counts[-1] = keep
+        return [Budget(keep=count) for count in counts]
+
+    def _chain(self, geometry: Geometry, budgets: Sequence[Budget]) -> tuple[Stage, ...]:
+        stages: list[Stage] = []
+        n = geometry.visual_tokens
+        for member, budget in zip(self.members, budgets):
+            reached = Geometry(**{**vars(geometry), "visual_tokens": n})
+            stages += member.plan(reached, budget.solve(reached, lambda k: [k]))
+            n = stages[-1].keep
+        return tuple(stages)

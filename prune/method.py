@@ -1,0 +1,136 @@
+"""The method ladder: `Scorer.score` < `Reducer.reduce` < `Method.plan`. Stop at the first rung that suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from prune.budget import Budget, Geometry
+from prune.errors import ConfigError
+from prune.kernels import topk_indices
+from prune.tokens import Reduction, VisualTokens
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where a stage acts: `projected` (before decoder layer 0), `decoder:k` (input of layer k), `vision:l`, `block:i`.
+
+    Sites order as data flows: vision < projected < decoder.
+    """
+
+    rank: int
+    layer: int
+    KINDS: ClassVar[tuple[str, ...]] = ("block", "vision", "projected", "decoder")
+
+    @classmethod
+    def parse(cls, text: str | Site) -> Site:
+        if isinstance(text, Site):
+            return text
+        kind, _, layer = str(text).partition(":")
+        indexed = kind != "projected"
+        if kind not in cls.KINDS or indexed != layer.isdigit() or (layer and not indexed):
+            raise ConfigError(f"site {text!r} is none of projected, decoder:<layer>, vision:<layer>, block:<index>")
+        return cls(cls.KINDS.index(kind), int(layer) if indexed else 0)
+
+    @property
+    def kind(self) -> str:
+        return self.KINDS[self.rank]
+
+    def __str__(self):
+        return self.kind if self.kind == "projected" else f"{self.kind}:{self.layer}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut: at `site`, `reducer` leaves `keep` tokens of the image."""
+
+    site: Site
+    reducer: Reducer
+    keep: int
+
+
+class Method:
+    """A way to reduce visual tokens, in one or several stages.
+
+    Subclasses are dataclasses whose fields are the method's options. Class attributes describe it:
+
+    Attributes:
+        name: registry name, lower case.
+        title, arxiv: paper.
+        signals: names out of `prune.tokens.SIGNALS` the reducer reads beside `features`.
+        needs_question: True if a prompt without text after the image is an error.
+        merges: True if dropped tokens are folded into kept ones.
+        adaptive: True if the kept count depends on the content (then the budget is an upper bound).
+        positions: "original" (kept tokens keep their position ids) or "compact" (renumbered): the paper's choice.
+        newlines: True if separator columns inside the image (`image_newline`) count as visual tokens.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    arxiv: ClassVar[str] = ""
+    signals: ClassVar[tuple[str, ...]] = ()
+    needs_question: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
+    positions: ClassVar[str] = "original"
+    newlines = False
+
+    def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
+        """The stages, in order, that leave `keep` of `geometry.visual_tokens` after the last one."""
+        raise NotImplementedError
+
+    def sites(self, layers: int = 1000) -> tuple[Site, ...]:
+        """Where the method acts in a decoder of `layers` layers, in order."""
+        return tuple(stage.site for stage in self.plan(Geometry(100, layers=layers), 10))
+
+    def stages(self, geometry: Geometry, budget: Budget) -> tuple[Stage, ...]:
+        """The stages for one image under a budget."""
+        return self.plan(geometry, budget.solve(geometry, lambda keep: alive(geometry, self.plan(geometry, keep))))
+
+    def kept(self, n_visual: int, budget: Budget, geometry: Geometry | None = None) -> int:
+        """Exactly how many of `n_visual` tokens are left after the last stage (an upper bound if `adaptive`)."""
+        geometry = replace(geometry or Geometry(n_visual), visual_tokens=n_visual)
+        stages = self.stages(geometry, budget)
+        return stages[-1].keep if stages else n_visual
+
+
+def alive(geometry: Geometry, stages: Sequence[Stage]) -> list[int]:
+    """Visual tokens entering each decoder layer, `geometry.layers` numbers."""
+    count, out, pending = geometry.visual_tokens, [], list(stages)
+    for layer in range(geometry.layers):
+        while pending and (pending[0].site.kind != "decoder" or pending[0].site.layer <= layer):
+            count = pending.pop(0).keep
+        out.append(count)
+    return out
+
+
+class Reducer(Method):
+    """A one-stage method: implement `reduce`, and set `site` (an attribute or a property)."""
+
+    site: str = "projected"
+
+    def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
+        """Choose the survivors.
+
+        Args:
+            tokens: the images' tokens.
+            keep: per row the count to keep, on the host; at most the row's number of real tokens.
+        """
+        raise NotImplementedError
+
+    def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
+        return (Stage(Site.parse(self.site), self, keep),)
+
+
+class Scorer(Reducer):
+    """A reducer that keeps the highest-scored tokens: implement `score`."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """`[B, N]` fp32, higher = keep. Values at padding are ignored."""
+        raise NotImplementedError
+
+    def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
+        return Reduction(*topk_indices(self.score(tokens), keep, tokens.mask))

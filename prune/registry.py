@@ -1,0 +1,165 @@
+"""Names -> methods: registration, lookup with the closest name, wildcard listing, third-party entry points."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from dataclasses import dataclass, fields, is_dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+
+from prune.errors import ConfigError, UnknownMethodError
+from prune.method import Method, Reducer, Scorer, Site
+from prune.tokens import SIGNALS
+
+ENTRY_POINT_GROUP = "prune.methods"
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method available by its `name`.
+
+    The class must be a dataclass (its fields are the options) and a subclass of `Scorer`, `Reducer` or `Method`, all
+    fields with defaults, with a lower-case `name` nobody else uses and only known `signals`.
+
+    Raises:
+        ConfigError: one of these does not hold; nothing is registered.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ConfigError(f"@register wants a subclass of Scorer, Reducer or Method, got {cls!r}")
+    name = cls.name
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ConfigError(f"{cls.__name__}.name is {name!r}: use lower-case letters, digits and _")
+    if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
+        raise ConfigError(f"{cls.__name__} must be a dataclass: put @dataclass under @register")
+    taken = _REGISTRY.get(name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ConfigError(f"the name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another")
+    if unknown := set(cls.signals) - set(SIGNALS):
+        raise ConfigError(f"{cls.__name__} declares unknown signals {sorted(unknown)}; known are {', '.join(SIGNALS)}")
+    for base, rung in ((Scorer, "score"), (Reducer, "reduce"), (Method, "plan")):
+        if issubclass(cls, base):
+            if getattr(cls, rung) is getattr(base, rung):
+                raise ConfigError(f"{cls.__name__} does not implement {rung}")
+            break
+    try:
+        cls()
+    except TypeError as error:
+        raise ConfigError(f"every option of {cls.__name__} needs a default: {error}") from None
+    _REGISTRY[name] = cls
+    return cls
+
+
+@lru_cache(maxsize=1)
+def _load() -> None:
+    """Import the built-in methods and the entry points, once."""
+    reducers = import_module("prune.reducers")
+    for module in iter_modules(reducers.__path__):
+        import_module(f"prune.reducers.{module.name}")
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded = entry.load()
+            if isinstance(loaded, type) and loaded.name not in _REGISTRY:
+                register(loaded)
+        except Exception as error:  # a broken plug-in must not take the others down
+            warnings.warn(f"entry point {entry.name} = {entry.value} was skipped: {error}", stacklevel=3)
+
+
+def method_class(name: str) -> type[Method]:
+    """The registered class of this name.
+
+    Raises:
+        UnknownMethodError: lists the closest and all names.
+    """
+    _load()
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    close = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise UnknownMethodError(f"unknown method {name!r}.{hint} Known methods: {', '.join(sorted(_REGISTRY))}")
+
+
+def get_method(name: str, **options) -> Method:
+    """A method object from its name and options (its dataclass fields).
+
+    Raises:
+        UnknownMethodError: no such name.
+        ConfigError: an option does not exist (the message lists those that do) or has an impossible value.
+    """
+    cls = method_class(name)
+    known = [f.name for f in fields(cls) if f.init]
+    if unknown := [key for key in options if key not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"{name} has no option {', '.join(map(repr, unknown))}.{hint} Its options are: {', '.join(known) or 'none'}"
+        )
+    return cls(**options)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the table `prune list` prints."""
+
+    name: str
+    title: str
+    arxiv: str
+    where: str
+    signals: tuple[str, ...]
+    merges: bool
+    adaptive: bool
+    needs_question: bool
+    positions: str
+    options: dict[str, object]
+
+
+def method_info(name: str) -> MethodInfo:
+    """What a method is and needs, with its default options."""
+    cls = method_class(name)
+    method = cls()
+    return MethodInfo(
+        name=name,
+        title=cls.title,
+        arxiv=cls.arxiv,
+        where=" + ".join(dict.fromkeys(str(Site.parse(site)) for site in method.sites())),
+        signals=tuple(cls.signals),
+        merges=cls.merges,
+        adaptive=cls.adaptive,
+        needs_question=cls.needs_question,
+        positions=cls.positions,
+        options={f.name: getattr(method, f.name) for f in fields(cls) if f.init},
+    )
+
+
+def list_methods(
+    pattern: str = "*",
+    *,
+    where: str | None = None,
+    needs_question: bool | None = None,
+    merges: bool | None = None,
+    adaptive: bool | None = None,
+    signals: set[str] | None = None,
+) -> list[str]:
+    """Sorted names of the methods that fit.
+
+    Args:
+        pattern: wildcard over names, such as `"*prune*"`.
+        where: site kind the method acts at with its default options: "vision", "projected", "decoder" or "block".
+        needs_question, merges, adaptive: keep the methods with this property.
+        signals: keep the methods that need none but these signals.
+    """
+    _load()
+    infos = (method_info(name) for name in sorted(_REGISTRY) if fnmatchcase(name, pattern))
+    return [
+        info.name
+        for info in infos
+        if (where is None or where in re.split(r"[ +:]+", info.where))
+        and (needs_question is None or info.needs_question == needs_question)
+        and (merges is None or info.merges == merges)
+        and (adaptive is None or info.adaptive == adaptive)
+        and (signals is None or set(info.signals) <= set(signals))
+    ]

@@ -1,0 +1,95 @@
+"""Registration validates, lookup helps, plug-ins load."""
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from prune import (
+    Compose,
+    ConfigError,
+    Scorer,
+    UnknownMethodError,
+    get_method,
+    list_methods,
+    method_info,
+    register,
+    registry,
+)
+from prune.reducers.fastv import FastV
+from prune.reducers.random import Random
+
+
+@pytest.fixture
+def scratch(monkeypatch):
+    """A copy of the registry that the test may fill."""
+    list_methods()
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    yield
+    registry._load.cache_clear()
+
+
+def scorer(name, **attributes):
+    body = {"name": name, "score": lambda self, tokens: tokens.features[..., 0], **attributes}
+    return dataclass(type("Mine", (Scorer,), body))
+
+
+def test_register_and_get(scratch):
+    cls = register(scorer("mine", __annotations__={"scale": float}, scale=1.0))
+    assert isinstance(get_method("mine", scale=2.0), cls)
+    assert "mine" in list_methods("mi*")
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (scorer("Upper"), "lower-case"),
+        (scorer(""), "lower-case"),
+        (scorer("fastv"), "taken"),
+        (scorer("mine", signals=("gravity",)), "gravity"),
+        (type("Plain", (Scorer,), {"name": "plain", "score": None}), "dataclass"),
+        (dataclass(type("Lazy", (Scorer,), {"name": "lazy"})), "does not implement score"),
+        (scorer("mine", __annotations__={"needed": int}), "default"),
+        (int, "subclass"),
+    ],
+)
+def test_register_refuses(scratch, cls, reason):
+    before = dict(registry._REGISTRY)
+    with pytest.raises(ConfigError, match=reason):
+        register(cls)
+    assert before == registry._REGISTRY
+
+
+def test_unknown_name_lists_the_closest_and_all():
+    with pytest.raises(UnknownMethodError, match="Did you mean 'divprune'.*Known methods: .*fastv"):
+        get_method("divprun")
+
+
+def test_unknown_option_lists_the_options():
+    with pytest.raises(ConfigError, match="no option 'laier'.*Did you mean 'layer'.*options are: layer"):
+        get_method("fastv", laier=3)
+
+
+def test_filters():
+    assert list_methods(where="decoder", needs_question=True) == ["fastv"]
+    assert "fastv" not in list_methods(signals=set())
+    assert list_methods("*prune*") == ["divprune"]
+    assert method_info("fastv").options == {"layer": 2}
+
+
+def test_entry_points_load_and_broken_ones_only_warn(scratch, monkeypatch):
+    good = scorer("from_plugin")
+    plugin = type("E", (), {"name": "good", "value": "x:y", "load": lambda self: good})()
+    broken = EntryPoint("broken", "no_such_module_at_all:X", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken, plugin])
+    registry._load.cache_clear()
+    with pytest.warns(UserWarning, match="broken"):
+        names = list_methods()
+    assert "from_plugin" in names
+
+
+def test_compose_refuses_descending_sites_and_single_members():
+    with pytest.raises(ConfigError, match="ascend"):
+        Compose(FastV(), Random())
+    with pytest.raises(ConfigError, match="at least two"):
+        Compose(FastV())
