@@ -1,0 +1,98 @@
+"""Cosine similarities, in fp32 whatever the input's dtype and autocast state, and never N x N at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8
+
+
+def unit(x: Tensor, eps: float = EPS) -> Tensor:
+    """Rows of `[..., D]` scaled to length 1, in fp32. A row shorter than `eps` is divided by `eps`: zero stays zero."""
+    x = x.float()
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Dot products of `x` `[..., D]` with `y` `[..., D]`, row by row (broadcast); the cosine if both are `unit`.
+
+    Every row is summed in the same order, so equal pairs, and (a, b) and (b, a), give equal bits. A matrix product
+    promises neither (nor fp32, under autocast or TF32), and rounding would then decide ties.
+
+    Cost: O(N D), one temporary of the broadcast shape.
+    """
+    return (x * y).sum(-1)
+
+
+def cosine_similarity(x: Tensor, y: Tensor, eps: float = EPS) -> Tensor:
+    """All cosines `[B, N, M]` between `x` `[B, N, D]` and `y` `[B, M, D]`, in fp32.
+
+    For one small side: the result is allocated whole. A padded row spoils its own cosines only.
+
+    Cost: O(N M D), one matrix product (TF32 where the caller has switched that on for CUDA).
+    """
+    with torch.autocast(x.device.type, enabled=False):  # autocast would run an fp32 product in half precision
+        return unit(x, eps) @ unit(y, eps).transpose(-1, -2)
+
+
+def cosine_reduce(
+    x: Tensor,
+    y: Tensor | None = None,
+    reduce: str = "max",
+    mask: Tensor | None = None,
+    chunk: int = 1024,
+    eps: float = EPS,
+) -> Tensor:
+    """The largest cosine of every token to a set of tokens, or the sum of its cosines.
+
+    Args:
+        x: `[B, N, D]` float. Results at padding are arbitrary.
+        y: `[B, M, D]` float; None compares every token of `x` with all the OTHER tokens of `x`.
+        reduce: "max" or "sum".
+        mask: `[B, M]` bool, the rows of `y` that count (of `x` where y is None); None means all. What the other rows
+            hold, NaN included, has no influence.
+        chunk: rows of `x` compared at a time: the peak temporary of "max" is `[B, chunk, M]` fp32.
+        eps: as in `unit`.
+
+    Returns:
+        `[B, N]` fp32; over an empty set -inf for "max" and 0 for "sum".
+
+    Cost: "max" O(N M D) in chunks; "sum" O((N + M) D), for a sum of cosines is one cosine product with the sum.
+
+    Raises:
+        ValueError: another `reduce`.
+    """
+    if reduce not in ("max", "sum"):
+        raise ValueError(f"reduce={reduce!r} must be 'max' or 'sum'")
+    others = y is None
+    rows = unit(x, eps)
+    columns = rows if others else unit(y, eps)
+    if mask is not None:
+        columns = columns.masked_fill(~mask[..., None], 0)
+    if reduce == "sum":
+        total = dot(rows, columns.sum(1, keepdim=True))
+        return total - dot(rows, columns) if others else total
+    return torch.cat(
+        [
+            _largest(part, columns, mask, i * chunk if others else None)
+            for i, part in enumerate(rows.split(chunk, dim=1))
+        ],
+        dim=1,
+    )
+
+
+def _largest(rows: Tensor, columns: Tensor, mask: Tensor | None, start: int | None) -> Tensor:
+    """Cosine of unit `rows` to their nearest of the unit `columns`; row i is column `start + i`, not its own peer."""
+    if columns.shape[1] == 0:
+        return rows.new_full(rows.shape[:2], -torch.inf)
+    with torch.autocast(rows.device.type, enabled=False):
+        cosine = rows @ columns.transpose(1, 2)
+    if mask is not None:
+        cosine = cosine.masked_fill(~mask[:, None], -torch.inf)
+    if start is not None:
+        cosine.diagonal(start, 1, 2).fill_(-torch.inf)
+    best, index = cosine.max(-1)
+    # The matrix product finds the neighbour, the plain product measures it: see `dot` on ties.
+    nearest = columns.gather(1, index[..., None].expand(-1, -1, columns.shape[-1]))
+    return torch.where(best == -torch.inf, best, dot(rows, nearest))
