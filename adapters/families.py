@@ -1,0 +1,57 @@
+"""The one table that knows model types. Everything else goes by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prune.adapters import layouts
+
+
+@dataclass(frozen=True)
+class Family:
+    """A group of models that lay out visual tokens alike.
+
+    Args:
+        name: as the documentation says it.
+        model_types: `config.model_type` of its members.
+        image, video: layout functions of `prune.adapters.layouts`; None if the family has no such input.
+        example: a hub model.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    image: Callable
+    video: Callable | None = None
+    example: str = ""
+
+
+FAMILIES = (
+    Family("LLaVA-1.5", ("llava", "vipllava"), layouts.square, None, "llava-hf/llava-1.5-7b-hf"),
+    Family("LLaVA-NeXT", ("llava_next",), layouts.anyres, None, "llava-hf/llava-v1.6-mistral-7b-hf"),
+    Family(
+        "LLaVA-NeXT-Video",
+        ("llava_next_video",),
+        layouts.anyres,
+        layouts.pooled_frames,
+        "llava-hf/LLaVA-NeXT-Video-7B-hf",
+    ),
+    Family(
+        "LLaVA-OneVision",
+        ("llava_onevision",),
+        layouts.anyres,
+        layouts.pooled_frames,
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    ),
+    Family("Qwen2-VL", ("qwen2_vl",), layouts.native, layouts.native, "Qwen/Qwen2-VL-7B-Instruct"),
+    Family("Qwen2.5-VL", ("qwen2_5_vl",), layouts.native, layouts.native, "Qwen/Qwen2.5-VL-7B-Instruct"),
+    Family("Qwen3-VL", ("qwen3_vl",), layouts.native, layouts.native, "Qwen/Qwen3-VL-8B-Instruct"),
+    Family("InternVL", ("internvl",), layouts.tiled, layouts.tiled, "OpenGVLab/InternVL3-8B-hf"),
+)
+
+UNKNOWN = Family("unknown", (), layouts.guessed, layouts.guessed)
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `config.model_type`; `UNKNOWN` for one outside the table."""
+    return next((family for family in FAMILIES if model_type in family.model_types), UNKNOWN)

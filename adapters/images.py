@@ -1,0 +1,114 @@
+"""Find the images of one forward call: their placeholder columns, layouts and, where possible, encoder outputs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prune.adapters.layouts import Request, expand_grid, guessed, layouts_of
+from prune.adapters.structure import Parts
+from prune.report import Layout
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+GRID = "prune_grid"
+
+
+@dataclass
+class Found:
+    """The images of a call.
+
+    Args:
+        groups: per modality its `[B, L]` placeholder mask and its layouts.
+        kwargs: the call's keyword arguments, maybe with the images encoded already.
+    """
+
+    groups: list[tuple[Tensor, list[Layout]]]
+    kwargs: dict
+
+    @property
+    def placeholder(self) -> Tensor:
+        """`[B, L]` bool: columns of any modality, separators included."""
+        return torch.stack([mask for mask, _ in self.groups]).any(0)
+
+
+def keep_grid(module: nn.Module, args: tuple, kwargs: dict, output):
+    """Post-hook on a native-resolution tower: let its output carry the grid, which `generate` drops."""
+    if "grid_thw" in kwargs and not isinstance(output, tuple):
+        setattr(output, GRID, kwargs["grid_thw"])
+
+
+def find_images(parts: Parts, kwargs: dict, visual_mask: Tensor | None) -> Found | None:
+    """The images of a call on `parts.core`, or None if it brings none.
+
+    On transformers that allow it (>= 5.18) pixel values are encoded here and handed on as `mm_encoder_outputs`, as
+    `generate` does: the result is the same, and the number of tokens per image is known before the decoder runs.
+
+    Args:
+        kwargs: the call's keyword arguments.
+        visual_mask: `[B, L]` bool given by the user for `inputs_embeds` that hold image features already.
+
+    Raises:
+        InputError: an image has no tokens.
+    """
+    encoded = {m: out for m, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
+    raw = [m for m, name in PIXELS.items() if kwargs.get(name) is not None]
+    if not encoded and not raw:
+        return _user_given(parts, kwargs, visual_mask)
+    masks = {
+        m: _placeholders(parts, kwargs, token) for m, token in parts.placeholders.items() if m in encoded or m in raw
+    }
+    grids = {m: _grid(kwargs, encoded, m) for m in masks}
+    early = {  # layouts that do not need the features: fail before anything is computed
+        m: layouts_of(getattr(parts.family, m), Request(parts.core, m, masks[m], None, kwargs, grids[m]))
+        for m in masks
+        if grids[m] is not None and m not in encoded
+    }
+    if raw and parts.encodes_first and not encoded:
+        kwargs, encoded = _encode(parts, kwargs, raw)
+    groups = []
+    for modality, mask in masks.items():
+        features = encoded[modality].pooler_output if modality in encoded else None
+        request = Request(parts.core, modality, mask, features, kwargs)
+        if grids[modality] is not None:
+            request.grid = expand_grid(grids[modality], request.lengths, mask)
+        layouts = early.get(modality) or layouts_of(getattr(parts.family, modality) or guessed, request)
+        groups.append((mask, layouts))
+    return Found(groups, kwargs)
+
+
+def _user_given(parts: Parts, kwargs: dict, mask: Tensor | None) -> Found | None:
+    embeds = kwargs.get("inputs_embeds")
+    if mask is None or embeds is None or embeds.shape[1] != mask.shape[1] or embeds.shape[0] % mask.shape[0]:
+        return None
+    mask = mask.to(embeds.device).bool().repeat_interleave(embeds.shape[0] // mask.shape[0], 0)
+    return Found([(mask, guessed(Request(parts.core, "image", mask, None, kwargs)))], kwargs)
+
+
+def _placeholders(parts: Parts, kwargs: dict, token: int) -> Tensor:
+    """`[B, L]` bool, the way the models find them: by id, or by the embedding of the id."""
+    if (ids := kwargs.get("input_ids")) is not None:
+        return ids == token
+    embeds = kwargs["inputs_embeds"]
+    embedding = parts.core.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
+    return (embeds == embedding.to(embeds)).all(-1)
+
+
+def _grid(kwargs: dict, encoded: dict, modality: str) -> Tensor | None:
+    grid = kwargs.get(f"{modality}_grid_thw")
+    return getattr(encoded.get(modality), GRID, None) if grid is None else grid
+
+
+def _encode(parts: Parts, kwargs: dict, modalities: list[str]) -> tuple[dict, dict]:
+    kwargs, encoded = dict(kwargs), {}
+    for modality in modalities:
+        encode = getattr(parts.core, f"get_{modality}_features")
+        wanted = [name for name in inspect.signature(encode).parameters if name != "kwargs"]
+        given = {name: kwargs[name] for name in wanted if kwargs.get(name) is not None}
+        encoded[modality] = encode(**given, return_dict=True)
+    for modality in modalities:
+        kwargs[PIXELS[modality]] = None
+    kwargs["mm_encoder_outputs"] = dict(encoded)
+    return kwargs, encoded

@@ -1,0 +1,209 @@
+"""The visual tokens of one forward call: where they are, which are alive, and how one stage cuts the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prune.kernels.compaction import compact, take
+from prune.method import Reducer, Site
+from prune.report import Layout
+from prune.tokens import VisualTokens
+
+
+@dataclass
+class Visual:
+    """All images of a batch, one row each, padded to the most tokens (`S` images, `N` tokens alive).
+
+    Args:
+        layouts: of every image.
+        places: `[S, N0, 4]` coordinates of the tokens the method chooses from, before any pruning.
+        sample: `[S]` batch row of every image.
+        columns: `[S, N]` the caller's column of every token alive.
+        slots: `[S, N]` where it is in the current, maybe already shortened, sequence.
+        token: `[S, N]` its index among the image's tokens.
+        mask: `[S, N]` bool.
+        initial: tokens per image before any pruning, on the host.
+        counts: tokens alive per image, on the host; upper bounds once an adaptive method has cut (`exact` False).
+        history: (site, token, mask) after every cut.
+    """
+
+    layouts: list[Layout]
+    places: Tensor
+    sample: Tensor
+    columns: Tensor
+    slots: Tensor
+    token: Tensor
+    mask: Tensor
+    initial: list[int]
+    counts: list[int]
+    exact: bool = True
+    history: list[tuple[Site, Tensor, Tensor]] = field(default_factory=list)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[B, L, ...]` -> `[S, N, ...]`: what the sequence holds at the tokens alive."""
+        return x[self.sample[:, None], self.slots]
+
+
+def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool) -> Visual:
+    """Where every image's tokens are; no host synchronisation.
+
+    Args:
+        groups: per modality its `[B, L]` placeholder mask and its layouts, in placeholder order.
+        newlines: whether separators count as visual tokens.
+    """
+    device, width = groups[0][0].device, groups[0][0].shape[1]
+    layouts = [layout for _, found in groups for layout in found]
+    lengths = torch.tensor([len(layout.coordinates) for layout in layouts])
+    places = torch.cat([layout.coordinates for layout in layouts])
+    wanted = torch.ones(len(places), dtype=torch.bool) if newlines else places[:, 0] >= 0
+    image = torch.repeat_interleave(torch.arange(len(layouts)), lengths)[wanted]
+    counts = torch.bincount(image, minlength=len(layouts))
+    number = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
+    shape = (len(layouts), int(counts.max()))
+    pick = torch.zeros(shape, dtype=torch.long)
+    pick[image, number] = wanted.nonzero()[:, 0]
+    # A stable sort lists the placeholders in reading order without asking the device how many there are.
+    reading = [
+        (~mask).flatten().to(torch.uint8).argsort(stable=True)[: sum(len(layout.coordinates) for layout in found)]
+        for mask, found in groups
+    ]
+    position = torch.cat(reading)[pick.to(device, non_blocking=True)]
+    columns = position % width
+    return Visual(
+        layouts=layouts,
+        places=places[pick].to(device, non_blocking=True),
+        sample=position[:, 0] // width,
+        columns=columns,
+        slots=columns,
+        token=torch.arange(shape[1], device=device).expand(shape),
+        mask=(torch.arange(shape[1]) < counts[:, None]).to(device, non_blocking=True),
+        initial=counts.tolist(),
+        counts=counts.tolist(),
+    )
+
+
+@dataclass
+class Running:
+    """The sequence a forward call works on, as it shrinks (`L` columns now).
+
+    Args:
+        columns: `[B, L]` the caller's column of every slot.
+        valid: `[B, L]` bool.
+        full: whether all of `valid` is True, known on the host.
+        placeholder: `[B, L]` bool, visual tokens and separators.
+        visual: the images, if the call has any.
+        signals: captured at the layer before the site at hand, sequence in dimension 1.
+        target: `[B, caller's L]` slot of every caller's column, `L` where it is gone.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    full: bool
+    placeholder: Tensor
+    visual: Visual | None = None
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    target: Tensor | None = None
+
+    def tokens(self, hidden: Tensor, wanted: Sequence[str], norm: Callable[[Tensor], Tensor]) -> VisualTokens:
+        """What the reducer sees: the images' features and the signals it declares."""
+        visual = self.visual
+        tokens = VisualTokens(
+            features=visual.gather(hidden),
+            mask=visual.mask,
+            coordinates=take(visual.places, visual.token),
+            columns=visual.columns,
+        )
+        for name, signal in self.signals.items():
+            if name in wanted:
+                setattr(tokens, name, visual.gather(signal))
+        if "normed_features" in wanted:
+            tokens.normed_features = norm(tokens.features)
+        if "text_features" in wanted:
+            self._add_text(tokens, hidden, wanted, norm)
+        return tokens
+
+    def _add_text(self, tokens: VisualTokens, hidden: Tensor, wanted: Sequence[str], norm: Callable) -> None:
+        visual, width = self.visual, hidden.shape[1]
+        last = torch.where(visual.mask, visual.columns, -1).amax(1, keepdim=True)
+        columns = self.columns[visual.sample]
+        after = (self.valid & ~self.placeholder)[visual.sample] & (columns > last)
+        most = width - min(visual.counts) if visual.exact else width  # text columns a sample can have
+        source, valid, _ = compact(after, most)
+        row = visual.sample[:, None]
+        tokens.text_features, tokens.text_mask = hidden[row, source], valid
+        tokens.text_columns = columns.gather(1, source)
+        if "keys" in self.signals:
+            tokens.text_keys = self.signals["keys"][row, source]
+        if "normed_features" in wanted:
+            tokens.normed_text = norm(tokens.text_features)
+
+    def cut(
+        self, hidden: Tensor, site: Site, reducer: Reducer, keep: list[int], norm: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """Let a reducer choose, drop the rest, close the gaps (right-aligned, so ragged rows are left-padded).
+
+        Returns:
+            The shortened `[B, L', D]` hidden states and `source` `[B, L']`: the old slot of every new one.
+        """
+        visual = self.visual
+        if self.valid.device != hidden.device:
+            self._move(hidden.device)
+        with torch.no_grad():
+            tokens = self.tokens(hidden.detach(), reducer.signals, norm)
+            reduction = reducer.reduce(tokens, keep)
+            kept = reduction.valid & visual.mask.gather(1, reduction.keep)
+            slots = visual.slots.gather(1, reduction.keep)
+            survives = self._survivors(slots, kept)
+            if len(hidden) == 1 and self.full and visual.exact and not reducer.adaptive:
+                length = hidden.shape[1] - sum(visual.counts) + sum(keep)
+            else:  # ragged: the one host synchronisation of a cut
+                counts = survives.sum(1)
+                length, fewest = torch.stack([counts.amax(), counts.amin()]).tolist()
+                self.full = length == fewest
+            source, valid, target = compact(survives, length)
+        merged = reduction.apply(visual.gather(hidden)) if reduction.merge is not None else None
+        hidden = take(hidden, source)
+        row = visual.sample[:, None]
+        visual.slots = target[row, slots].clamp(max=length - 1)
+        visual.columns, visual.token = (x.gather(1, reduction.keep) for x in (visual.columns, visual.token))
+        visual.mask, visual.counts = kept, list(keep)
+        visual.exact = visual.exact and not reducer.adaptive
+        visual.history.append((site, visual.token, kept))
+        if merged is not None:
+            hidden = self._write(hidden, merged)
+        self.columns = self.columns.gather(1, source)
+        self.placeholder = self.placeholder.gather(1, source) & valid
+        self.valid = valid
+        gone = torch.full_like(target[:, :1], length)
+        self.target = target if self.target is None else torch.cat([target, gone], 1).gather(1, self.target)
+        self.signals = {}
+        return hidden, source
+
+    def _move(self, device: torch.device) -> None:
+        """Follow the hidden states of a model that is spread over devices."""
+        for state in (self, self.visual):
+            for name, value in vars(state).items():
+                if isinstance(value, Tensor):
+                    setattr(state, name, value.to(device))
+        self.signals = {name: signal.to(device) for name, signal in self.signals.items()}
+
+    def _survivors(self, slots: Tensor, kept: Tensor) -> Tensor:
+        """`[B, L]` bool: valid columns that are text or chosen."""
+        visual, (batch, width) = self.visual, self.valid.shape
+        flags = torch.ones(batch, width + 1, dtype=torch.bool, device=self.valid.device)  # last column: a bin
+        flat = flags.view(-1)
+        base = visual.sample[:, None] * (width + 1)
+        flat[base + torch.where(visual.mask, visual.slots, width)] = False
+        flat[base + torch.where(kept, slots, width)] = True
+        return flags[:, :width] & self.valid
+
+    def _write(self, hidden: Tensor, features: Tensor) -> Tensor:
+        """Put merged features `[S, K, D]` where their tokens are now."""
+        visual, (batch, width, dim) = self.visual, hidden.shape
+        flat = torch.where(visual.mask, visual.sample[:, None] * width + visual.slots, batch * width)
+        padded = torch.cat([hidden.reshape(-1, dim), hidden.new_zeros(1, dim)])
+        return padded.index_copy(0, flat.flatten(), features.reshape(-1, dim))[:-1].view(batch, width, dim)
