@@ -40,7 +40,7 @@ def take_apart(mask, batch: int, q: int, past: int, device: torch.device, static
     """Read any mask transformers accepts: None, 2-D, 4-D, or a dict of 4-D masks by layer type.
 
     For static caches `generate` makes 4-D masks whose columns are physical slots: at the first prefill only their
-    padding matters (read off the last query row); later ones say nothing a pruned cache does not know.
+    padding matters; later ones say nothing a pruned cache does not know.
 
     Raises:
         InputError: a flex-attention BlockMask made by the caller.
@@ -63,8 +63,9 @@ def take_apart(mask, batch: int, q: int, past: int, device: torch.device, static
         return CallerMask(mask[:, past : past + q], mask[:, :past])
     if static and past:
         return CallerMask(ones(q), ones(past), given=False)
-    last = _allowed(mask[:, 0, -1, : past + q]).expand(batch, -1)
-    return CallerMask(last[:, past:], last[:, :past], None if static else mask)
+    # A column is padding if no query may see it; what a custom mask hides from some, it goes on hiding itself.
+    seen = _allowed(mask[:, 0, :, past : past + q]).any(1).expand(batch, -1)
+    return CallerMask(seen, ones(past), None if static else mask)
 
 
 def _allowed(mask: Tensor) -> Tensor:

@@ -32,13 +32,10 @@ def compact(keep: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """Gather columns per row: `x [*, B or 1, L, *]` at `index [B, M]` along `dim` (the batch is `dim - 1`)."""
-    batch, count = index.shape
     index = index.to(x.device)
-    x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
-    shape = list(x.shape)
-    shape[dim] = count
-    view = index.view(*(1,) * (dim - 1), batch, count, *(1,) * (x.dim() - dim - 1))
-    return x.gather(dim, view.expand(shape))
+    x = x.expand(*x.shape[: dim - 1], len(index), *x.shape[dim:])
+    rows = torch.arange(len(index), device=x.device)[:, None]
+    return x[(slice(None),) * (dim - 1) + (rows, index)]
 
 
 def forward_fill(target: Tensor, length: int) -> Tensor:
