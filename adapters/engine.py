@@ -210,7 +210,9 @@ class Engine:
         if placeholder is None:
             placeholder = torch.zeros(batch, call.width, dtype=torch.bool, device=device)
         columns = torch.arange(call.width, device=device).expand(batch, -1)
-        call.run = Running(columns, call.caller.new, call.caller.new_full(), placeholder.to(device), call.visual)
+        new = call.caller.new
+        ordinal = new.cumsum(1) - 1
+        call.run = Running(columns, ordinal, new, call.caller.new_full(), placeholder.to(device), call.visual)
         deepstack = kwargs.get("deepstack_visual_embeds")
         if deepstack is not None and len(deepstack):
             self._take_over_deepstack(call, kwargs)

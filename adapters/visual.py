@@ -92,6 +92,7 @@ class Running:
 
     Args:
         columns: `[B, L]` the caller's column of every slot.
+        ordinal: `[B, caller's L]` number of a column among the sample's valid ones: its place without padding.
         valid: `[B, L]` bool.
         full: whether all of `valid` is True, known on the host.
         placeholder: `[B, L]` bool, visual tokens and separators.
@@ -101,6 +102,7 @@ class Running:
     """
 
     columns: Tensor
+    ordinal: Tensor
     valid: Tensor
     full: bool
     placeholder: Tensor
@@ -115,7 +117,7 @@ class Running:
             features=visual.gather(hidden),
             mask=visual.mask,
             coordinates=take(visual.places, visual.token),
-            columns=visual.columns,
+            columns=self.ordinal[visual.sample[:, None], visual.columns],
         )
         for name, signal in self.signals.items():
             if name in wanted:
@@ -135,7 +137,7 @@ class Running:
         source, valid, _ = compact(after, most)
         row = visual.sample[:, None]
         tokens.text_features, tokens.text_mask = hidden[row, source], valid
-        tokens.text_columns = columns.gather(1, source)
+        tokens.text_columns = self.ordinal[row, columns.gather(1, source)]
         if "keys" in self.signals:
             tokens.text_keys = self.signals["keys"][row, source]
         if "normed_features" in wanted:

@@ -10,6 +10,9 @@ from torch import Tensor
 from .similarity import EPS, cosine_reduce, dot, unit
 from .topk import host_counts, to_device
 
+SAME = 1e-6
+"""Cosine distances below this are 0: fp32 cannot tell such tokens from equal ones, and rounding would order them."""
+
 
 @torch.no_grad()
 def farthest_point(
@@ -18,7 +21,8 @@ def farthest_point(
     """Max-min greedy on cosine distance: spread `k` tokens of every row as far apart as possible.
 
     The first pick is the token whose nearest other token is farthest; every next one is the token farthest from its
-    nearest pick. A token is picked once, however many equals it has. Ties go to the lowest index.
+    nearest pick. A token is picked once, however many equals it has. Ties go to the lowest index; distances below 1e-6
+    count as 0.
 
     Args:
         x: `[B, N, D]` float; distances in fp32.
@@ -44,14 +48,19 @@ def farthest_point(
     x = unit(x, eps)
     order = torch.zeros(rows, max(counts, default=0), dtype=torch.int64, device=x.device)
     closed = ~mask
-    score = 1 - cosine_reduce(x, None, "max", mask, chunk, eps) if order.shape[1] else None
+    score = _distance(cosine_reduce(x, None, "max", mask, chunk, eps)) if order.shape[1] else None
     for step in range(min(order.shape[1], n)):
         pick = score.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
         order[:, step : step + 1] = pick
         closed.scatter_(1, pick, True)
         # No matrix product, so that equal tokens are equally far.
-        distance = 1 - dot(x, x.gather(1, pick[..., None].expand(-1, -1, width)))
+        distance = _distance(dot(x, x.gather(1, pick[..., None].expand(-1, -1, width))))
         score = distance if step == 0 else torch.minimum(score, distance)
     limit = torch.minimum(to_device(counts, x.device), mask.sum(1))
     valid = torch.arange(order.shape[1], device=x.device) < limit[:, None]
     return order.masked_fill(~valid, 0), valid
+
+
+def _distance(cosine: Tensor) -> Tensor:
+    distance = 1 - cosine
+    return distance.masked_fill(distance < SAME, 0)

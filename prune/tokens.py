@@ -21,7 +21,7 @@ class VisualTokens:
         mask: `[B, N]` bool, True for real tokens; None means all are real.
         coordinates: `[B, N, 4]` int64 (tile, frame, row, column) of every token on its grid; -1 where a token has no
             place (separators such as `image_newline`).
-        columns: `[B, N]` int64 position of every token in the sample's token sequence.
+        columns: `[B, N]` int64 position of every token in the sample's token sequence, padding not counted.
         keys, values: `[B, N, H_kv, d]` of the decoder layer before the site, keys after RoPE.
         last_token_attention: `[B, N]` fp32, softmax attention of the sample's last valid token to every visual token
             in the decoder layer before the site, mean over heads.
