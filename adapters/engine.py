@@ -15,67 +15,24 @@ images and no pruned cache.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from prune.adapters import cache as caches
+from prune.adapters.call import CALL, Call
 from prune.adapters.images import find_images, keep_grid
-from prune.adapters.masks import CallerMask, gather_custom, take_apart
+from prune.adapters.masks import gather_custom, take_apart
 from prune.adapters.planner import Cut, check_question, plan
 from prune.adapters.record import Record, bytes_per_value
 from prune.adapters.signals import LayerInput, capture
 from prune.adapters.structure import Parts
-from prune.adapters.visual import Running, Visual, locate
+from prune.adapters.visual import Running, locate
 from prune.budget import Budget
 from prune.errors import UnsupportedModelError
 from prune.kernels.compaction import dense_rank, forward_fill, take
 from prune.method import Method, Site
-
-CALL = "prune_call"
-
-
-@dataclass
-class Call:
-    """Everything one forward needs.
-
-    Args:
-        visual, placeholder: the images and their columns; None in a text-only call on a pruned cache.
-        cuts: by the decoder layer they act at (0: before the decoder), those that remove something.
-        step: True for text on a pruned cache: only masks and positions need care.
-        ledger: of the pruned cache, if it is one.
-        caller: the caller's mask, taken apart.
-        run: the running sequence; `width` is the caller's length, `past` the logical columns before it.
-        past_valid, past_columns: per layer group, `[B, slots]` of the cached slots; `past_full`: all of them valid?
-        changed: whether anything was cut, in this call or earlier in the conversation.
-        group: the layer group the forward is in (groups lie between pruning layers).
-        ends: per group, (columns, valid, full) of the new columns its layers hold.
-        rope, mask: what the layers of the current group get, if it differs from what the decoder made.
-        deepstack: `[B, L, D]` features to be added after layer 0, 1, ... (Qwen3-VL).
-        delta: `[A, B]` shift of later position ids ("compact" positions).
-    """
-
-    visual: Visual | None = None
-    placeholder: Tensor | None = None
-    cuts: dict[int, list[Cut]] = field(default_factory=dict)
-    step: bool = False
-    ledger: caches.Ledger | None = None
-    caller: CallerMask | None = None
-    run: Running | None = None
-    width: int = 0
-    past: int = 0
-    past_valid: list[Tensor] = field(default_factory=list)
-    past_columns: list[Tensor] = field(default_factory=list)
-    past_full: list[bool] = field(default_factory=list)
-    changed: bool = False
-    group: int = 0
-    ends: list[tuple[Tensor, Tensor, bool]] = field(default_factory=list)
-    rope: tuple[Tensor, Tensor] | None = None
-    mask: tuple | None = None
-    deepstack: list[Tensor] = field(default_factory=list)
-    delta: Tensor | None = None
 
 
 class Engine:
