@@ -219,7 +219,7 @@ class Engine:
         hidden, source = call.run.cut(hidden, cut.site, cut.reducer, cut.keep, norm)
         call.deepstack = [take(features, source) for features in call.deepstack]
         if call.rope is not None:
-            call.rope = tuple(take(table, source) for table in call.rope)
+            call.rope = tuple(take(table, source, dim=table.dim() - 2) for table in call.rope)
         call.changed = True
         return hidden
 

@@ -27,7 +27,7 @@ class Family:
 
 
 FAMILIES = (
-    Family("LLaVA-1.5", ("llava", "vipllava"), layouts.square, None, "llava-hf/llava-1.5-7b-hf"),
+    Family("LLaVA-1.5", ("llava",), layouts.square, None, "llava-hf/llava-1.5-7b-hf"),
     Family("LLaVA-NeXT", ("llava_next",), layouts.anyres, None, "llava-hf/llava-v1.6-mistral-7b-hf"),
     Family(
         "LLaVA-NeXT-Video",

@@ -22,7 +22,8 @@ class LayerInput:
         layer: the module.
         index: its number.
         hidden: `[B, L, D]`.
-        rope: (cos, sin), each `[B or 1, L, d]`.
+        rope: (cos, sin), each `[B or 1, L, d]`; `[3, B, L, d]` where the attention module itself joins M-RoPE's axes
+            (Qwen-VL in older transformers).
         mask: the attention mask the layer gets, or None.
         valid: `[B, L]` bool validity of the new columns.
         past_valid: `[B, P]` bool validity of the cached columns.
@@ -39,7 +40,16 @@ class LayerInput:
     cache: object
 
 
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def _tables(at: LayerInput) -> tuple[Tensor, ...]:
+    """(cos, sin) `[B or 1, L, d]`, with the t, h and w sections of M-RoPE joined."""
+    if at.rope[0].dim() == 3:
+        return at.rope
+    sections = at.layer.self_attn.config.rope_parameters["mrope_section"] * 2
+    parts = (table.split(sections, dim=-1) for table in at.rope)
+    return tuple(torch.cat([part[i % 3] for i, part in enumerate(split)], -1) for split in parts)
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
     """Rotary embedding of `x [B, L, H, d]`."""
     cos, sin = (t.unsqueeze(2) for t in rope)
     half = x.shape[-1] // 2
@@ -57,7 +67,7 @@ def _project(attention: nn.Module, kind: str, hidden: Tensor) -> Tensor:
 
 def keys(at: LayerInput, normed: Tensor) -> Tensor:
     """`[B, L, H_kv, d]` keys after RoPE."""
-    return _rotate(_project(at.layer.self_attn, "k", normed), at.rope)
+    return _rotate(_project(at.layer.self_attn, "k", normed), _tables(at))
 
 
 def values(at: LayerInput, normed: Tensor) -> Tensor:
@@ -74,7 +84,7 @@ def last_token_attention(at: LayerInput, normed: Tensor) -> Tensor:
     width = at.hidden.shape[1]
     columns = torch.arange(width, device=at.hidden.device)
     last = torch.where(at.valid, columns, -1).amax(1, keepdim=True).clamp(min=0)
-    rope = tuple(take(t, last) for t in at.rope)
+    rope = tuple(take(t, last) for t in _tables(at))
     q = _rotate(_project(attention, "q", take(normed, last)), rope)[:, 0]
     k = keys(at, normed).transpose(1, 2)
     seen = (columns <= last) & at.valid
