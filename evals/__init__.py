@@ -1,0 +1,1 @@
+"""Benchmarks and evaluation; imported as `prune.evals`."""
