@@ -9,6 +9,7 @@ from torch import Tensor
 from prune.adapters.cache import Ledger
 from prune.adapters.masks import CallerMask
 from prune.adapters.planner import Cut
+from prune.adapters.record import Record
 from prune.adapters.visual import Running, Visual
 
 CALL = "prune_call"
@@ -32,6 +33,7 @@ class Call:
         rope, mask: what the layers of the current group get, if it differs from what the decoder made.
         deepstack: `[B, L, D]` features to be added after layer 0, 1, ... (Qwen3-VL).
         delta: `[A, B]` shift of later position ids ("compact" positions).
+        record: becomes the engine's when the forward succeeds.
     """
 
     visual: Visual | None = None
@@ -53,3 +55,4 @@ class Call:
     mask: tuple | None = None
     deepstack: list[Tensor] = field(default_factory=list)
     delta: Tensor | None = None
+    record: Record | None = None

@@ -90,6 +90,7 @@ class Engine:
             kwargs = found.kwargs
             self._plan(call, found, _new_valid(kwargs.get("attention_mask"), inputs))
         if call.ledger is None and not call.cuts:
+            self.record = call.record or self.record
             return None if found is None else ((), kwargs)
         return (), {**kwargs, CALL: call}
 
@@ -101,7 +102,7 @@ class Engine:
         for cut in plan(self.parts, self.method, self.budget, call.visual, valid):
             call.cuts.setdefault(depth(cut.site), []).append(cut)
         size = bytes_per_value(self.parts.decoder.dtype)
-        self.record = Record(self.method, self.budget, call.visual, valid, self.parts.geometry(0), size)
+        call.record = Record(self.method, self.budget, call.visual, valid, self.parts.geometry(0), size)
 
     # ------------------------------------------------------------------------------------------ decoder, pre
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
@@ -312,6 +313,7 @@ class Engine:
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if call.run.target is not None:
             hidden = take(hidden, forward_fill(call.run.target, hidden.shape[1]).to(hidden.device))
+        self.record = call.record or self.record
         cache = kwargs.get("past_key_values")
         if isinstance(output, tuple):
             output = (hidden, *output[1:])
