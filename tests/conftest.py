@@ -1,4 +1,4 @@
-"""One thread, no warnings from transformers, a count of the contract's cells, and a check that tests leave models bare."""
+"""One thread, a silent transformers, a count of the contract's cells, and a check that tests leave models bare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that tests import tiny, reference and matrix
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests import tiny, reference, matrix
 
 torch.set_num_threads(1)  # two busy ones are ten times slower on models this small
 transformers.logging.set_verbosity_error()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers as hf
+from fingerprint import changed, fingerprint
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -30,7 +31,7 @@ SPECIAL = [IMAGE, VIDEO, VISION_START, VISION_END]  # to be suppressed in genera
 TILE = 16  # pixels along one edge of a tile; 4 x 4 patches
 
 # Three images per family, of different sizes where the family has such a thing: (height, width) in pixels for anyres,
-# (frames, rows, columns) in patches for Qwen, the number of tiles for InternVL. (60, 62) makes OneVision shrink the grid.
+# (frames, rows, columns) in patches for Qwen, the number of tiles for InternVL. OneVision shrinks the grid of (60, 62).
 IMAGES = {
     "llava": (None, None, None),
     "llava_next": ((20, 30), (30, 14), (16, 16)),
@@ -89,6 +90,18 @@ def _shared(*key: str) -> nn.Module:
     return _SHARED[key][0]
 
 
+def check_bare() -> list[str]:
+    """The shared models used since the last call that are not what they were when built; these are built anew."""
+    spoilt = []
+    for key in list(_USED):
+        model, bare = _SHARED[key]
+        if difference := changed(bare, fingerprint(model)):
+            del _SHARED[key]
+            spoilt.append(f"{' '.join(key)}: {difference[0]}")
+    _USED.clear()
+    return spoilt
+
+
 _CLASSES = {
     "llava": hf.LlavaForConditionalGeneration,
     "llava_next": hf.LlavaNextForConditionalGeneration,
@@ -124,7 +137,10 @@ def _config(family: str):
     clip = lambda: hf.CLIPVisionConfig(**tower, image_size=TILE, patch_size=4, projection_dim=24)  # noqa: E731
     if family == "llava":
         return hf.LlavaConfig(
-            vision_config=clip(), text_config=hf.LlamaConfig(**text_config()), image_token_index=IMAGE, image_seq_length=16
+            vision_config=clip(),
+            text_config=hf.LlamaConfig(**text_config()),
+            image_token_index=IMAGE,
+            image_seq_length=16,
         )
     if family in ("llava_next", "llava_next_video"):
         video = family == "llava_next_video"
@@ -295,12 +311,12 @@ class Sample:
         return spans
 
 
-@lru_cache(maxsize=None)
+@cache
 def _packer(family: str) -> nn.Module:
     return build(family).model
 
 
-@lru_cache(maxsize=None)
+@cache
 def _anyres(family: str, size: tuple[int, int], alone: bool) -> tuple[int, int]:
     """Tiles and placeholders of an image; OneVision does not tile an image that has company in its sample."""
     model, options = _packer(family), {}
@@ -381,46 +397,3 @@ def mixed_batch(family: str, seed: int = 0) -> list[Sample]:
 def one(family: str, seed: int = 0, size: int = 0) -> list[Sample]:
     """A batch of one sample with one image."""
     return [Sample(family, [4, Image(size), 6], seed + 1)]
-
-
-# ---------------------------------------------------------------------------------------------------- fingerprints
-def fingerprint(model: nn.Module) -> dict:
-    """Everything attaching could change, per module: class, `__dict__` keys, every hook, `forward`, config, weights."""
-    prints: dict = {"config": repr(getattr(model, "config", None)), "training": model.training}
-    for name, module in model.named_modules():
-        hooks = {
-            key: [(number, id(hook)) for number, hook in value.items()]
-            for key, value in vars(module).items()
-            if "hook" in key and isinstance(value, dict)
-        }
-        prints[name] = {
-            "class": (type(module), type(module).__call__, type(module).forward),
-            "keys": sorted(vars(module)),
-            "forward": module.forward.__func__,
-            "hooks": hooks,
-        }
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        prints[f"{name} (tensor)"] = (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.dtype)
-    return prints
-
-
-def changed(before: dict, after: dict) -> list[str]:
-    """What differs between two fingerprints, as text."""
-    return [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name)
-    ]
-
-
-
-def check_bare() -> list[str]:
-    """The shared models used since the last call that are not what they were when built; these are built anew."""
-    spoilt = []
-    for key in list(_USED):
-        model, bare = _SHARED[key]
-        if difference := changed(bare, fingerprint(model)):
-            del _SHARED[key]
-            spoilt.append(f"{' '.join(key)}: {difference[0]}")
-    _USED.clear()
-    return spoilt

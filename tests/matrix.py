@@ -1,0 +1,93 @@
+"""THE table of the contract suite. A new method is one row here; every core case then runs for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from tiny import ATTENTION, FAMILIES
+from torch import nn
+
+from prune import Compose, Handle, Method, apply_pruner, get_method
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method as the suite runs it.
+
+    Args:
+        name: registry name.
+        options: of the method; for "compose" the members: (name, options) pairs.
+        budget: small enough to remove whole rows and columns of the grid.
+        exclude: family -> why the method cannot work there.
+        positions: the policy to run with; None is the method's own.
+    """
+
+    name: str
+    options: dict | tuple = field(default_factory=dict)
+    budget: dict = field(default_factory=lambda: {"ratio": 0.75})
+    exclude: dict[str, str] = field(default_factory=dict)
+    positions: str | None = None
+
+    def __str__(self):
+        if self.name == "compose":
+            return "+".join(str(Row(*member)) for member in self.options)
+        return self.name + "".join(f"@{value}" for key, value in self.options.items() if key == "layer")
+
+    def method(self) -> Method:
+        if self.name == "compose":
+            return Compose(*(get_method(name, **options) for name, options in self.options))
+        return get_method(self.name, **self.options)
+
+    def attach(self, model: nn.Module, **changes) -> Handle:
+        """The row's method on a model; `changes` replace its budget or set the position policy."""
+        budget = {} if set(changes) & {"ratio", "keep", "average", "flops"} else self.budget
+        return apply_pruner(model, self.method(), **{"positions": self.positions, **budget, **changes})
+
+    @property
+    def policy(self) -> str:
+        """The position policy the row runs with by default."""
+        return self.positions or self.method().positions
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """The position policies the method supports: compact ones need all pruning before the decoder."""
+        projected = all(site.kind == "projected" for site in self.method().sites())
+        return ("original", "compact") if projected else ("original",)
+
+
+ROWS = (
+    Row("random", {"seed": 1}),
+    Row("random", {"seed": 1, "layer": 1}),
+    Row("uniform", {}, {"average": 5}),
+    Row("uniform", {"layer": 3}, {"keep": 5}),
+    Row("dart", {"layer": 2}),
+    Row("fastv", {"layer": 2}),
+    Row("divprune", {}, {"keep": 3}),
+    Row("compose", (("random", {}), ("fastv", {"layer": 2})), {"ratio": 0.8}),
+)
+
+PROJECTED = Row("random", {"seed": 1})
+COMPACT = Row("divprune", {}, {"keep": 3}, positions="compact")
+DECODER = Row("fastv", {"layer": 1})
+TWO_STAGE = Row("compose", (("random", {}), ("fastv", {"layer": 2})), {"ratio": 0.8})
+ENGINE = (PROJECTED, COMPACT, DECODER, TWO_STAGE)
+"""What the cases that test the engine, not a method, run with."""
+
+
+def cells(rows=ROWS, families=FAMILIES, attention=ATTENTION):
+    """Parametrize a test over (row, family, attention)."""
+    table = [
+        pytest.param(row, family, attn, id=f"{row}-{family}-{attn}")
+        for row in rows
+        for family in families
+        for attn in attention
+        if family not in row.exclude
+    ]
+    return pytest.mark.parametrize(("row", "family", "attn"), table)
+
+
+def engine_cells(rows=ENGINE, families=FAMILIES):
+    """Parametrize a test of the engine over (row, family), under SDPA."""
+    table = [pytest.param(row, family, id=f"{row}-{family}") for row in rows for family in families]
+    return pytest.mark.parametrize(("row", "family"), table)

@@ -1,0 +1,182 @@
+"""The contract every method keeps on every family: see `matrix.py` for the table."""
+
+from functools import cache
+
+import pytest
+import torch
+from fingerprint import changed, fingerprint
+from matrix import ROWS, cells
+from reference import assert_close, check_counts, expect, of_sample
+from tiny import (
+    ATTENTION,
+    FAMILIES,
+    SPECIAL,
+    VIDEO_FAMILIES,
+    Image,
+    Sample,
+    Video,
+    collate,
+    columns_of,
+    mixed_batch,
+    pristine,
+    shared,
+    with_positions,
+)
+
+from prune import Geometry, list_methods
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def test_every_method_has_a_row():
+    assert set(list_methods()) <= {row.name for row in ROWS}
+
+
+@pytest.mark.parametrize("attn", ATTENTION)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_without_pruning_is_the_model(family, attn):
+    model, samples = pristine(family, attn), _rows(family)
+    logits = model(**collate(samples)).logits
+    for row, sample in enumerate(samples):
+        assert_close(logits[row, columns_of(samples, row)], expect(model, sample).logits)
+
+
+def _rows(family):
+    if family not in VIDEO_FAMILIES:
+        return mixed_batch(family)
+    return mixed_batch(family) + [Sample(family, [3, Video(), 4], 4), Sample(family, [5, Image(1), 2, Video(), 3], 5)]
+
+
+@cache
+def _unpruned(family, attn):
+    return pristine(family, attn)(**collate(mixed_batch(family)))
+
+
+@cells()
+def test_nothing_to_prune_is_bit_identical(row, family, attn):
+    model, inputs, plain = shared(family, attn), collate(mixed_batch(family)), _unpruned(family, attn)
+    with row.attach(model, ratio=0) as handle:
+        out = model(**inputs)
+        assert all(len(image.kept) == image.tokens for image in handle.last.images)
+    assert torch.equal(out.logits, plain.logits)
+    with row.attach(model) as handle, handle.disabled():
+        out = model(**inputs)
+        assert handle.last is None
+    assert torch.equal(out.logits, plain.logits)
+    for ours, theirs in zip(out.past_key_values.layers, plain.past_key_values.layers):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    assert torch.equal(model(**inputs).logits, plain.logits)  # after remove()
+
+
+@cells()
+def test_forward_equals_reference(row, family, attn):
+    """A batch of ragged rows, padded left and right, against every sample alone on the un-hooked model."""
+    model, oracle, samples = shared(family, attn), pristine(family, attn), mixed_batch(family)
+    expected = {}
+    for policy in row.policies:
+        with row.attach(model, positions=policy) as handle:
+            for side in ("left", "right"):
+                logits = model(**with_positions(collate(samples, side))).logits
+                report = handle.last
+                _check_report(row, model, report)
+                for number, sample in enumerate(samples):
+                    images = of_sample(report, number)
+                    key = policy, number, *(tuple(image.kept.tolist()) for image in images)
+                    if key not in expected:
+                        expected[key] = expect(oracle, sample, images, policy)
+                    want = expected[key]
+                    columns = columns_of(samples, number, side)[want.first :]
+                    assert_close(logits[number, columns], want.logits[want.first :])
+        assert len([key for key in expected if key[0] == policy]) == len(samples), "the choice depends on the padding"
+
+
+def _check_report(row, model, report):
+    method = row.method()
+    config = model.config.get_text_config()
+    geometry = Geometry(
+        1,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+    )
+    from prune import Budget
+
+    check_counts(report, row.budget, lambda n: method.kept(n, Budget(**row.budget), geometry))
+    for image in report.images:
+        assert list(image.stages) and [str(site) for site in image.stages] == [str(site) for site in method.sites()]
+
+
+@cells(families=VIDEO_FAMILIES, attention=("sdpa",))
+def test_videos_equal_reference(row, family, attn):
+    model, oracle = shared(family, attn), pristine(family, attn)
+    samples = [
+        Sample(family, [3, Video(), 4], 1),
+        Sample(family, [6], 2),
+        Sample(family, [5, Image(1), 2, Video(), 3], 3),
+    ]
+    with row.attach(model) as handle:
+        logits = model(**with_positions(collate(samples))).logits
+        report = handle.last
+    _check_report(row, model, report)
+    for number, sample in enumerate(samples):
+        want = expect(oracle, sample, of_sample(report, number), row.policy)
+        assert_close(logits[number, columns_of(samples, number)], want.logits)
+
+
+@cells()
+def test_batch_row_equals_row_alone(row, family, attn):
+    model, samples = shared(family, attn), mixed_batch(family)
+    with row.attach(model) as handle:
+        alone, kept = [], []
+        for sample in samples:
+            alone.append(model(**collate([sample])).logits[0])
+            kept.append([image.kept.tolist() for image in handle.last.images] if sample.media else [])
+        for side in ("left", "right"):
+            logits = model(**with_positions(collate(samples, side))).logits
+            for number in range(len(samples)):
+                assert [image.kept.tolist() for image in of_sample(handle.last, number)] == kept[number]
+                assert_close(logits[number, columns_of(samples, number, side)], alone[number])
+
+
+@cells()
+def test_cached_generation_equals_recomputation(row, family, attn):
+    """Greedy decoding with a cache, ragged batch, against the reference on prompt + answer without one."""
+    model, oracle, samples, steps = shared(family, attn), pristine(family, attn), mixed_batch(family), 4
+    for policy in row.policies:
+        with row.attach(model, positions=policy) as handle:
+            out = model.generate(
+                **collate(samples),
+                max_new_tokens=steps,
+                do_sample=False,
+                suppress_tokens=SPECIAL,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            report = handle.last
+        for number, sample in enumerate(samples):
+            answer = out.sequences[number, -steps:].tolist()
+            want = expect(oracle, sample.then(answer), of_sample(report, number), policy).logits[-steps - 1 : -1]
+            got = torch.stack([logits[number] for logits in out.logits])
+            assert_close(got, want)
+            want[:, SPECIAL] = -torch.inf
+            assert want.argmax(-1).tolist() == answer
+
+
+@cells()
+def test_remove_restores_everything(row, family, attn):
+    model, samples = shared(family, attn), mixed_batch(family)
+    before = fingerprint(model)
+    with row.attach(model) as handle:
+        assert changed(before, fingerprint(model)), "the fingerprint does not see hooks"
+        model(**collate(samples))
+        model.generate(**collate(samples[:1]), max_new_tokens=2, do_sample=False, suppress_tokens=SPECIAL)
+        handle.remove()
+        assert not changed(before, fingerprint(model))
+    assert not changed(before, fingerprint(model))

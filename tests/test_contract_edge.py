@@ -1,0 +1,101 @@
+"""Shapes at the edge: counts that depend on the content, images without survivors, images at the very start."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from matrix import ENGINE, engine_cells
+from reference import assert_close, expect, of_sample
+from tiny import FAMILIES, SPECIAL, Image, Sample, collate, columns_of, mixed_batch, pristine, shared
+
+from prune import Reducer, Reduction, apply_pruner
+
+
+@dataclass
+class Bright(Reducer):
+    """Keeps the tokens whose first channel is above a threshold: any number, maybe none; never more than allowed."""
+
+    layer: int | None = None
+    threshold: float = 0.0
+    adaptive = True
+
+    @property
+    def site(self):
+        return "projected" if self.layer is None else f"decoder:{self.layer}"
+
+    def reduce(self, tokens, keep):
+        wanted = (tokens.features[..., 0] > self.threshold) & tokens.mask
+        wanted &= wanted.cumsum(1) <= torch.tensor(keep)[:, None]
+        index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(keep)]
+        return Reduction(index, wanted.gather(1, index))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 9.0], ids=["some", "none"])
+@pytest.mark.parametrize("layer", [None, 1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_adaptive_counts(family, layer, threshold):
+    """Ragged within a sample and over the batch, down to nothing; forward and a few greedy steps."""
+    model, oracle, samples, steps = shared(family), pristine(family), mixed_batch(family), 3
+    with apply_pruner(model, Bright(layer, threshold), ratio=0.25) as handle:
+        logits = model(**collate(samples)).logits
+        out = model.generate(
+            **collate(samples), max_new_tokens=steps, do_sample=False, suppress_tokens=SPECIAL, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        report = handle.last
+    counts = [len(image.kept) for image in report.images]
+    assert counts == [0] * 4 if threshold else any(counts)
+    for number, sample in enumerate(samples):
+        answer = out.sequences[number, -steps:].tolist()
+        want = expect(oracle, sample.then(answer), of_sample(report, number)).logits
+        assert_close(logits[number, columns_of(samples, number)], want[: len(sample.ids)])
+        assert_close(torch.stack([step[number] for step in out.logits]), want[-steps - 1 : -1])
+
+
+@engine_cells()
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_image_in_the_first_column(row, family, side):
+    """Its first tokens may be gone: then nothing is promised before the first survivor, and all is right after it."""
+    model, oracle = shared(family), pristine(family)
+    samples = [Sample(family, [Image(0), 6], 1), Sample(family, [Image(1), 3, Image(2), 4], 2)]
+    with row.attach(model) as handle:
+        logits = model(**collate(samples, side)).logits
+        report = handle.last
+    for number, sample in enumerate(samples):
+        want = expect(oracle, sample, of_sample(report, number), row.policy)
+        columns = columns_of(samples, number, side)[want.first :]
+        assert_close(logits[number, columns], want.logits[want.first :])
+
+
+@engine_cells(families=("llava_next", "qwen2_5_vl", "qwen3_vl"))
+def test_inference_mode(row, family):
+    """Under inference_mode in-place tricks on saved tensors fail."""
+    model, samples = shared(family), mixed_batch(family)
+    with row.attach(model) as handle, torch.inference_mode():
+        out = model.generate(**collate(samples), max_new_tokens=3, do_sample=False, suppress_tokens=SPECIAL)
+        assert handle.last is not None
+        with torch.no_grad():
+            again = model.generate(**collate(samples), max_new_tokens=3, do_sample=False, suppress_tokens=SPECIAL)
+    assert torch.equal(out, again)
+
+
+@engine_cells()
+@torch.no_grad()
+def test_the_inner_model_alone(row, family):
+    """`model.model` has no head; it can be pruned all the same."""
+    model, sample = shared(family), Sample(family, [4, Image(0), 6], 1)
+    with row.attach(model.model) as handle:
+        hidden = model.model(**collate([sample])).last_hidden_state[0]
+        images = handle.last.images
+    want = expect(pristine(family), sample, images, row.policy).logits
+    assert_close(model.lm_head(hidden), want)
+
+
+@engine_cells(rows=ENGINE[:1])
+@torch.no_grad()
+def test_deterministic(row, family):
+    model, inputs = shared(family), collate(mixed_batch(family))
+    with row.attach(model):
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)

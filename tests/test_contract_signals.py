@@ -1,0 +1,252 @@
+"""What a method is shown, where it acts, and what the report says about it."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from matrix import COMPACT, ENGINE, PROJECTED, cells, engine_cells
+from reference import assert_close, check_counts, expect, of_sample, places, trace
+from tiny import (
+    ATTENTION,
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    VIDEO,
+    VIDEO_FAMILIES,
+    Image,
+    Sample,
+    Video,
+    collate,
+    columns_of,
+    mixed_batch,
+    pristine,
+    shared,
+    with_positions,
+)
+from transformers import DynamicCache
+
+from prune import Budget, Compose, Scorer, apply_pruner, get_method
+from prune.tokens import SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------- signals
+@dataclass
+class Probe(Scorer):
+    """Asks for every signal and keeps what it is shown."""
+
+    layer: int = 2
+    signals = SIGNALS
+
+    @property
+    def site(self):
+        return f"decoder:{self.layer}"
+
+    def score(self, tokens):
+        self.seen = tokens
+        return tokens.features.float().norm(dim=-1)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attn", ATTENTION)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signals(family, attn, side, layer):
+    """Every signal, of every image of a ragged batch, against the eager model's own tensors."""
+    model, oracle, samples = shared(family, attn), pristine(family, "eager"), mixed_batch(family)
+    probe = Probe(layer)
+    with apply_pruner(model, probe, keep=2):
+        model(**with_positions(collate(samples, side)))
+    seen, row = probe.seen, 0
+    for sample in samples:
+        want = expect(oracle, sample)
+        cache = DynamicCache(config=oracle.config.get_text_config())
+        oracle(**collate([sample]), past_key_values=cache)
+        before = cache.layers[layer - 1]
+        keys, values = (x[0].transpose(0, 1) for x in (before.keys, before.values))  # [L, heads, d]
+        hidden, norm = want.entering[layer], oracle.model.language_model.norm
+        spans = places(oracle, sample, trace(oracle, collate([sample])).embeds)
+        text = [c for c, token in enumerate(sample.ids) if token not in (IMAGE, VIDEO)]
+        for span in spans:
+            real = seen.mask[row]
+            assert real.sum() == len(span)
+            assert seen.columns[row][real].tolist() == span
+            assert_close(seen.features[row][real], hidden[span])
+            assert_close(seen.normed_features[row][real], norm(hidden[span]))
+            assert_close(seen.keys[row][real], keys[span])
+            assert_close(seen.values[row][real], values[span])
+            assert_close(seen.last_token_attention[row][real], want.attention[layer - 1][:, -1, span].mean(0))
+            after, question = [c for c in text if c > span[-1]], seen.text_mask[row]
+            assert seen.text_columns[row][question].tolist() == after
+            assert_close(seen.text_features[row][question], hidden[after])
+            assert_close(seen.text_keys[row][question], keys[after])
+            assert_close(seen.normed_text[row][question], norm(hidden[after]))
+            row += 1
+    assert row == len(seen.mask)
+
+
+def test_signals_after_an_earlier_cut():
+    """The second stage is shown what the first one left over, and attention is over that."""
+    family = "llava"
+    model, sample, probe = shared(family), Sample(family, [4, Image(), 6], 1), Probe(2)
+    method = Compose(get_method("random"), probe, budgets=[Budget(keep=6), Budget(keep=2)])
+    with apply_pruner(model, method) as handle:
+        model(**collate([sample]))
+        image = handle.last.images[0]
+    first = image.stages["projected"].tolist()
+    image.stages.pop("decoder:2")
+    want = expect(pristine(family, "eager"), sample, [image])
+    span = [sample.spans()[0][i] for i in first]
+    slots = [want.kept[1].index(c) for c in span]
+    assert probe.seen.columns[0].tolist() == span
+    assert_close(probe.seen.features[0], want.entering[2][slots])
+    assert_close(probe.seen.last_token_attention[0], want.attention[1][:, -1, slots].mean(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fastv_keeps_the_most_attended(family):
+    model, oracle, samples = shared(family), pristine(family, "eager"), mixed_batch(family)
+    with apply_pruner(model, "fastv", keep=3, layer=2) as handle:
+        model(**collate(samples))
+        report = handle.last
+    for number, sample in enumerate(samples):
+        spans = places(oracle, sample, trace(oracle, collate([sample])).embeds)
+        attention = expect(oracle, sample).attention[1][:, -1].mean(0)
+        for image, span in zip(of_sample(report, number), spans):
+            assert image.kept.tolist() == sorted(attention[span].topk(3).indices.tolist())
+
+
+# --------------------------------------------------------------------------------------------------------- layouts
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coordinates(family):
+    """(tile, frame, row, column) of every token, counted off by hand."""
+    oracle, model = pristine(family), shared(family)
+    samples = mixed_batch(family)
+    if family in VIDEO_FAMILIES:
+        samples.append(Sample(family, [5, Image(1), 2, Video(), 3], 5))
+    with apply_pruner(model, "random", keep=2) as handle:
+        model(**collate(samples))
+        report = handle.last
+    for number, sample in enumerate(samples):
+        embeds = trace(oracle, collate([sample])).embeds
+        for modality in ("image", "video"):
+            media = [(m, s) for m, s in zip(sample.media, sample.spans()) if m.modality == modality]
+            images = [image for image in of_sample(report, number) if image.layout.modality == modality]
+            assert len(images) == len(media)
+            for image, (medium, span) in zip(images, media):
+                want = _count_off(family, medium, [_is_newline(oracle, embeds[c]) for c in span])
+                assert image.layout.coordinates.tolist() == want
+                assert image.places.tolist() == [place for place in want if place[0] >= 0]
+
+
+def _is_newline(model, embedding):
+    newline = getattr(model.model, "image_newline", None)
+    return newline is not None and torch.equal(embedding, newline)
+
+
+def _count_off(family, medium, newlines):
+    if family.startswith("qwen"):
+        frames, rows, columns = medium.size
+        return [[0, f, r, c] for f in range(frames) for r in range(rows // 2) for c in range(columns // 2)]
+    if medium.modality == "video":
+        grid = [[0, f, r, c] for f in range(medium.size) for r in range(2) for c in range(2)]
+        return grid + [[-1] * 4] * newlines[-1]
+    if family in ("llava", "internvl"):
+        tiles = range(1 if family == "llava" else medium.size)
+        return [[tile, 0, r, c] for tile in tiles for r in range(4) for c in range(4)]
+    coordinates, row, column = [[0, 0, r, c] for r in range(4) for c in range(4)], 0, 0
+    for newline in newlines[16:]:
+        coordinates.append([-1] * 4 if newline else [1, 0, row, column])
+        row, column = (row + 1, 0) if newline else (row, column + 1)
+    return coordinates
+
+
+# ----------------------------------------------------------------------------------------------------------- sites
+@pytest.mark.parametrize("attn", ATTENTION)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_0_is_projected(family, attn):
+    """A method that looks at features only does the same thing before the decoder and at its first layer."""
+    model, samples, outs = shared(family, attn), mixed_batch(family), []
+    for layer in (None, 0):
+        with apply_pruner(model, "random", ratio=0.7, layer=layer) as handle:
+            out = model(**collate(samples))
+            outs.append((out, [image.kept.tolist() for image in handle.last.images]))
+    (a, kept_a), (b, kept_b) = outs
+    assert kept_a == kept_b
+    for number in range(len(samples)):
+        columns = columns_of(samples, number)
+        assert_close(a.logits[number, columns], b.logits[number, columns])
+    for one, other in zip(a.past_key_values.layers, b.past_key_values.layers):
+        assert one.keys.shape == other.keys.shape
+
+
+@pytest.mark.parametrize("attn", ATTENTION)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_at_every_layer(family, attn):
+    """Before the decoder and at each of its layers, inside the range of deepstack and outside."""
+    model, oracle, samples = shared(family, attn), pristine(family, attn), mixed_batch(family)
+    members = [get_method("random", layer=layer) for layer in (None, *range(1, LAYERS))]
+    with apply_pruner(model, Compose(*members), keep=2) as handle:
+        logits = model(**collate(samples)).logits
+        report = handle.last
+    for number, sample in enumerate(samples):
+        want = expect(oracle, sample, of_sample(report, number))
+        assert_close(logits[number, columns_of(samples, number)], want.logits)
+    counts = report.tokens_per_layer[0]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == LAYERS
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+@cells(rows=ENGINE, attention=("sdpa",))
+def test_report_tells_what_the_cache_holds(row, family, attn):
+    model, sample = shared(family), mixed_batch(family)[2]
+    with row.attach(model) as handle:
+        cache = model(**collate([sample])).past_key_values
+        report = handle.last
+    want = expect(pristine(family), sample, report.images, row.policy)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [len(kept) for kept in want.kept]
+    text = len(sample.ids) - sum(image.tokens for image in report.images)
+    assert report.text_tokens == [text]
+    assert report.tokens_per_layer == [[len(kept) - text for kept in want.kept]]
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert report.kv_bytes == [held]
+    assert report.average_tokens == [sum(report.tokens_per_layer[0]) / LAYERS]
+    assert report.flops[0] < report.flops_full[0]
+    assert str(report)
+
+
+@engine_cells()
+def test_flops_budget(row, family):
+    """Met per sample as nearly as whole tokens allow: one of 16 is worth 3 % of a short sample's FLOPs."""
+    model, samples = shared(family), mixed_batch(family)
+    with row.attach(model, flops=0.9) as handle:
+        model(**collate(samples))
+        report = handle.last
+    for number, sample in enumerate(samples):
+        if sample.media:
+            assert abs(report.flops[number] / report.flops_full[number] - 0.9) < 0.04
+
+
+@engine_cells(rows=(PROJECTED, COMPACT))
+def test_average_budget(row, family):
+    model, samples = shared(family), mixed_batch(family)
+    with row.attach(model, average=11.5) as handle:
+        model(**collate(samples))
+        report = handle.last
+    for image in report.images:
+        assert len(image.kept) in ((11, 12) if image.tokens > 11 else (image.tokens,))
+
+
+@engine_cells(rows=(PROJECTED,))
+def test_keep_is_per_image(row, family):
+    model, samples = shared(family), mixed_batch(family)
+    with row.attach(model, keep=9) as handle:
+        model(**collate(samples))
+        report = handle.last
+    check_counts(report, {"keep": 9})
+    assert [len(of_sample(report, number)) for number in range(3)] == [1, 0, 3]
