@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from prune.adapters.engine import Engine, attached
-from prune.adapters.families import FAMILIES, Family
+from prune.adapters.families import FAMILIES, SIGNAL_DECODERS, Family
 from prune.adapters.signals import CAPTURES
 from prune.adapters.structure import Parts, find_parts
 from prune.budget import Budget
@@ -36,27 +36,26 @@ def _check(parts: Parts, method: Method, positions: str) -> None:
         ConfigError: a site outside the decoder, "compact" positions inside it.
         UnsupportedMethodError: a site or signal this model has not got.
     """
-    layers = len(parts.layers)
+    layers, works = len(parts.layers), ", ".join(list_methods(signals=set()))
     for stage in method.plan(parts.geometry(100), 10):
         site, signals = stage.site, [name for name in stage.reducer.signals if name in CAPTURES]
         if site.kind not in ("projected", "decoder"):
-            raise UnsupportedMethodError(f"{method.name} acts at {site}, which the engine does not serve yet")
+            raise UnsupportedMethodError(f"{stage.reducer.name} acts at {site}, which the engine does not serve yet")
         if site.kind == "decoder" and site.layer >= layers:
             raise ConfigError(f"layer={site.layer} is out of range: this decoder has layers 0 to {layers - 1}")
         if signals and (site.kind == "projected" or site.layer == 0):
-            works = ", ".join(list_methods(signals=set()))
             raise UnsupportedMethodError(
-                f"{method.name} reads {', '.join(signals)} of the decoder layer before {site}, and there is none; "
-                f"use layer>=1, or a method that needs no signal: {works}"
+                f"{stage.reducer.name} reads {', '.join(signals)} of the decoder layer before {site}, and there is "
+                f"none; use layer>=1, or a method that needs no signal: {works}"
             )
         if positions == "compact" and site.kind == "decoder":
             raise ConfigError(
-                f'positions="compact" needs all pruning before the decoder, and {method.name} acts at {site}; '
+                f'positions="compact" needs all pruning before the decoder, and {stage.reducer.name} acts at {site}; '
                 'use positions="original"'
             )
-        attention = getattr(parts.layers[max(site.layer - 1, 0)], "self_attn", None)
-        missing = [name for name in ("q_proj", "k_proj", "v_proj") if not hasattr(attention, name)]
-        if signals and missing:
+        kind = parts.decoder.config.model_type
+        if signals and kind not in SIGNAL_DECODERS:
             raise UnsupportedMethodError(
-                f"{method.name} needs {', '.join(signals)}, but the decoder has no {missing[0]}"
+                f"{stage.reducer.name} reads {', '.join(signals)}, which is known to be right for the decoders "
+                f"{', '.join(SIGNAL_DECODERS)} only, not for {kind!r}; methods that need no signal: {works}"
             )

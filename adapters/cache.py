@@ -64,6 +64,23 @@ class Ledger:
         later = torch.arange(known.shape[1], slots, device=known.device) + self.offset[group]
         return torch.cat([known, later.expand(known.shape[0], -1)], 1)
 
+    def check_crop(self, cache, count: int) -> None:
+        """Whether the last `count` slots of every layer are the last `count` tokens of the conversation.
+
+        Raises:
+            CacheMismatchError: tokens were dropped there, so that slots and tokens do not correspond.
+        """
+        for group, bound in enumerate((0, *self.bounds)):
+            slots = slots_of(cache, bound)
+            first, known = slots - count, self.columns[group].shape[1]
+            if first < known and (
+                first < 0 or bool((self.columns[group][:, first] != first + self.offset[group]).any())
+            ):
+                raise CacheMismatchError(
+                    f"crop({-count}) reaches back to pruned image tokens, which the cache does not hold; crop less, or "
+                    "start again with a fresh cache (past_key_values=None)"
+                )
+
 
 class LogicalLengthMixin:
     """Mixed into a cache's class when it is first pruned: `get_seq_length` counts the conversation's tokens."""
@@ -79,6 +96,11 @@ class LogicalLengthMixin:
     def reset(self):
         super().reset()
         self.__dict__.pop(LEDGER, None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if (ledger := ledger_of(self)) is not None and tokens_to_remove:
+            ledger.check_crop(self, abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)

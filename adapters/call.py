@@ -16,21 +16,31 @@ CALL = "prune_call"
 
 
 @dataclass
+class Slots:
+    """Slots some layers hold: `columns` `[B, n]` int64, `valid` `[B, n]` bool, and whether all are valid."""
+
+    columns: Tensor
+    valid: Tensor
+    full: bool
+
+
+@dataclass
 class Call:
     """Everything one forward needs.
 
     Args:
         visual, placeholder: the images and their columns; None in a text-only call on a pruned cache.
         cuts: by the decoder layer they act at (0: before the decoder), those that remove something.
-        step: True for text on a pruned cache: only masks and positions need care.
+        step: True for text on a pruned cache: only masks and positions need care; `step_mask` is the caller's.
         ledger: of the pruned cache, if it is one.
         caller: the caller's mask, taken apart.
         run: the running sequence; `width` is the caller's length, `past` the logical columns before it.
-        past_valid, past_columns: per layer group, `[B, slots]` of the cached slots; `past_full`: all of them valid?
+        cached: per layer group, the slots in the cache.
         changed: whether anything was cut, in this call or earlier in the conversation.
         group: the layer group the forward is in (groups lie between pruning layers).
-        ends: per group, (columns, valid, full) of the new columns its layers hold.
-        rope, mask: what the layers of the current group get, if it differs from what the decoder made.
+        ends: per layer group, the new slots, their columns counted from this call's first.
+        rope, mask: what the layers of the current group get, if it differs from what the decoder made; the mask in a
+            tuple, for None is a mask too.
         deepstack: `[B, L, D]` features to be added after layer 0, 1, ... (Qwen3-VL).
         delta: `[A, B]` shift of later position ids ("compact" positions).
         record: becomes the engine's when the forward succeeds.
@@ -40,17 +50,16 @@ class Call:
     placeholder: Tensor | None = None
     cuts: dict[int, list[Cut]] = field(default_factory=dict)
     step: bool = False
+    step_mask: object = None
     ledger: Ledger | None = None
     caller: CallerMask | None = None
     run: Running | None = None
     width: int = 0
     past: int = 0
-    past_valid: list[Tensor] = field(default_factory=list)
-    past_columns: list[Tensor] = field(default_factory=list)
-    past_full: list[bool] = field(default_factory=list)
+    cached: list[Slots] = field(default_factory=list)
     changed: bool = False
     group: int = 0
-    ends: list[tuple[Tensor, Tensor, bool]] = field(default_factory=list)
+    ends: list[Slots] = field(default_factory=list)
     rope: tuple[Tensor, Tensor] | None = None
     mask: tuple | None = None
     deepstack: list[Tensor] = field(default_factory=list)

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from prune.adapters import cache as caches
-from prune.adapters.call import CALL, Call
-from prune.adapters.images import find_images, keep_grid
+from prune.adapters.call import CALL, Call, Slots
+from prune.adapters.images import SHAPES, Found, find_images, keep_shapes
 from prune.adapters.masks import gather_custom, take_apart
 from prune.adapters.planner import Cut, check_question, plan
+from prune.adapters.positions import last_valid, renumber, shift
 from prune.adapters.record import Record, bytes_per_value
 from prune.adapters.signals import LayerInput, capture
 from prune.adapters.structure import Parts
 from prune.adapters.visual import Running, locate
 from prune.budget import Budget
-from prune.errors import UnsupportedModelError
-from prune.kernels.compaction import dense_rank, forward_fill, take
+from prune.errors import InputError, UnsupportedModelError
+from prune.kernels.compaction import forward_fill, take
 from prune.method import Method, Site
 
 
@@ -46,7 +47,7 @@ class Engine:
         self.captures = {
             depth(stage.site) - 1: stage.reducer.signals
             for stage in method.plan(parts.geometry(100), 10)
-            if stage.reducer.signals
+            if stage.reducer.signals and depth(stage.site) > 0
         }
         self.signature = f"{method!r} with {positions} positions"
         self.enabled = True
@@ -62,9 +63,9 @@ class Engine:
     def attach(self) -> Engine:
         parts, hooks = self.parts, self._hooks
         hooks.append(parts.core.register_forward_pre_hook(self.before_core, with_kwargs=True))
-        if "grid_thw" in inspect.signature(parts.tower.forward).parameters:
+        if set(SHAPES) & set(inspect.signature(parts.tower.forward).parameters):
             hooks.append(parts.tower.register_forward_pre_hook(drop_call, with_kwargs=True))
-            hooks.append(parts.tower.register_forward_hook(keep_grid, with_kwargs=True))
+            hooks.append(parts.tower.register_forward_hook(keep_shapes, with_kwargs=True))
         hooks.append(parts.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
         for index, layer in enumerate(parts.layers):
             hooks.append(layer.register_forward_pre_hook(partial(self.before_layer, index), with_kwargs=True))
@@ -88,17 +89,27 @@ class Engine:
         found = find_images(self.parts, kwargs, self.visual_mask) if self.enabled else None
         if found is not None:
             kwargs = found.kwargs
-            self._plan(call, found, _new_valid(kwargs.get("attention_mask"), inputs))
+            self._read_mask(call, kwargs.get("attention_mask"), cache, inputs)
+            self._plan(call, found)
         if call.ledger is None and not call.cuts:
             self.record = call.record or self.record
             return None if found is None else ((), kwargs)
         return (), {**kwargs, CALL: call}
 
-    def _plan(self, call: Call, found, valid: Tensor) -> None:
-        call.placeholder = found.placeholder
+    def _read_mask(self, call: Call, mask, cache, inputs: Tensor) -> None:
+        """Which of the caller's columns are padding; `inputs` are ids `[B, L]` or embeddings `[B, L, D]`."""
+        batch, call.width = inputs.shape[:2]
+        slots = caches.slots_of(cache, 0)
+        call.past = slots if call.ledger is None else slots + call.ledger.offset[0]
+        call.caller = take_apart(mask, batch, call.width, call.past, inputs.device, _static(cache))
+
+    def _plan(self, call: Call, found: Found) -> None:
+        call.placeholder, valid = found.placeholder, call.caller.new
         if self.method.needs_question:
             check_question(self.method, call.placeholder, valid)
         call.visual = locate(found.groups, self.method.newlines)
+        if not call.caller.new_full and bool((call.placeholder & ~valid).any()):
+            call.visual.hide(valid)
         for cut in plan(self.parts, self.method, self.budget, call.visual, valid):
             call.cuts.setdefault(depth(cut.site), []).append(cut)
         size = bytes_per_value(self.parts.decoder.dtype)
@@ -128,7 +139,8 @@ class Engine:
         if positions is None:
             device = kwargs["inputs_embeds"].device
             positions = (torch.arange(length, device=device) + cache.get_seq_length())[None]
-        kwargs["position_ids"] = _shift(positions, ledger.delta)
+        kwargs["position_ids"] = shift(positions, ledger.delta)
+        call.step_mask = kwargs.get("attention_mask")
         kwargs["attention_mask"] = self._step_mask(call, cache, 0, length)
         # With one query and one layer group the decoder's own mask and positions are right for every layer.
         return {**kwargs, CALL: call} if self.bounds or length > 1 else kwargs
@@ -138,43 +150,58 @@ class Engine:
         Attention from the right."""
         ledger = call.ledger
         group = ledger.group(layer)
-        if ledger.valid[group] is None:
+        given = call.step_mask if isinstance(call.step_mask, Tensor) and call.step_mask.dim() == 2 else None
+        if ledger.valid[group] is None and given is None:
             return None
         slots = cache.layers[layer].max_cache_len if _static(cache) else caches.slots_of(cache, layer) + length
-        return ledger.validity(group, slots)
+        valid = ledger.validity(group, slots)
+        if given is None or given.shape[1] < slots + ledger.offset[group]:
+            return valid
+        told = given.bool().gather(1, ledger.logical(group, slots).to(given.device))
+        return told if valid is None else told & valid.to(told.device)
 
     def _open(self, call: Call, kwargs: dict) -> None:
         """Set up the running sequence and what is known of the cached columns."""
         embeds, cache, ledger = kwargs["inputs_embeds"], kwargs.get("past_key_values"), call.ledger
-        batch, call.width, _ = embeds.shape
-        device, groups = embeds.device, len(self.bounds) + 1
-        slots = caches.slots_of(cache, 0)
-        call.past = slots if ledger is None else slots + ledger.offset[0]
-        call.caller = take_apart(kwargs.get("attention_mask"), batch, call.width, call.past, device, _static(cache))
+        batch, device, groups = len(embeds), embeds.device, len(self.bounds) + 1
+        if call.caller is None:
+            self._read_mask(call, kwargs.get("attention_mask"), cache, embeds)
         if ledger is None:
-            call.past_valid = [call.caller.past] * groups
-            call.past_full = [call.past == 0 or call.caller.past_full()] * groups
-            call.past_columns = [torch.arange(call.past, device=device).expand(batch, -1)] * groups
+            columns = torch.arange(call.past, device=device).expand(batch, -1)
+            call.cached = [Slots(columns, call.caller.past, call.caller.past_full)] * groups
         else:
             call.changed, call.delta = True, ledger.delta
             for group, offset in enumerate(ledger.offset):
                 slots = call.past - offset
                 valid = ledger.validity(group, slots)
-                full = torch.ones(batch, slots, dtype=torch.bool, device=device)
-                call.past_valid.append(full if valid is None else valid.to(device))
-                call.past_full.append(valid is None)
-                call.past_columns.append(ledger.logical(group, slots).to(device))
+                full = valid is None
+                valid = torch.ones(batch, slots, dtype=torch.bool) if full else valid
+                call.cached.append(Slots(ledger.logical(group, slots).to(device), valid.to(device), full))
         placeholder = call.placeholder
         if placeholder is None:
             placeholder = torch.zeros(batch, call.width, dtype=torch.bool, device=device)
         columns = torch.arange(call.width, device=device).expand(batch, -1)
         new = call.caller.new
         ordinal = new.cumsum(1) - 1
-        call.run = Running(columns, ordinal, new, call.caller.new_full(), placeholder.to(device), call.visual)
+        call.run = Running(columns, ordinal, new, call.caller.new_full, placeholder.to(device), call.visual)
         deepstack = kwargs.get("deepstack_visual_embeds")
-        if deepstack is not None and len(deepstack):
+        deepstack = [] if deepstack is None else deepstack
+        if self.parts.replays_hooks and (len(deepstack) or any(call.cuts.get(bound) for bound in self.bounds)):
+            raise InputError(
+                "gradient checkpointing in this version of transformers runs hooks of decoder layers twice; upgrade "
+                "transformers, switch checkpointing off, or use a method that acts at projected"
+            )
+        if len(deepstack):
             self._take_over_deepstack(call, kwargs)
         caches.mark_interrupted(cache)
+
+    def _validity(self, call: Call, group: int) -> tuple[Tensor, bool]:
+        """`[B, kv]` bool of cached and new slots of a layer group, and whether all are known to be valid."""
+        cached, run = call.cached[group], call.run
+        past, full = cached.valid, cached.full and run.full
+        if call.ledger is not None and call.caller.tells_past:  # the mask may hide what the cache would show
+            past, full = past & call.caller.past.gather(1, cached.columns), False
+        return torch.cat([past.to(run.valid.device), run.valid], 1), full
 
     def _take_over_deepstack(self, call: Call, kwargs: dict) -> None:
         """The decoder adds these after its first layers, to columns it believes to know; do it for the decoder."""
@@ -190,29 +217,29 @@ class Engine:
         run, cache, embeds = call.run, kwargs.get("past_key_values"), kwargs["inputs_embeds"]
         for cut in call.cuts.get(0, ()):
             embeds = self._cut(call, cut, embeds)
-        call.ends.append((run.columns, run.valid, run.full))
+        call.ends.append(Slots(run.columns, run.valid, run.full))
         if not call.changed:
             return
         positions = kwargs.get("position_ids")
         if positions is None:  # what the decoder would have made
             positions = (torch.arange(call.width, device=embeds.device) + call.past)[None]
-        axes = _shift(positions if positions.dim() == 3 else positions[None], call.delta)
+        axes = shift(positions if positions.dim() == 3 else positions[None], call.delta)
         axes = axes.to(embeds.device).expand(-1, len(embeds), -1)
         if run.target is not None:
-            last = axes[..., -1]
+            last = take(axes, last_valid(call.caller.new), dim=2)[..., 0]
             axes = take(axes, run.columns, dim=2)
             if self.positions == "compact":
-                axes = _compact(axes, run.valid)
-                shift = axes[..., -1] - last  # later tokens count on from the caller's last position
-                call.delta = shift if call.delta is None else call.delta + shift
-        valid = torch.cat([call.past_valid[0], run.valid], 1)
+                axes = renumber(axes, run.valid)
+                moved = axes[..., -1] - last  # later tokens count on from the row's last position
+                call.delta = moved if call.delta is None else call.delta + moved
+        valid, full = self._validity(call, 0)
         kwargs["inputs_embeds"] = embeds
         kwargs["position_ids"] = axes if positions.dim() == 3 else axes[0]
         if call.caller.custom is not None:
             kwargs["attention_mask"] = self._custom_mask(call, 0, valid)
         else:
             # Without a cache a mask must be there: gaps in the position ids would be read as packed sequences.
-            spare = cache is not None and not _static(cache) and run.full and call.past_full[0]
+            spare = cache is not None and not _static(cache) and full
             kwargs["attention_mask"] = None if spare else valid.long()
 
     def _cut(self, call: Call, cut: Cut, hidden: Tensor) -> Tensor:
@@ -225,7 +252,7 @@ class Engine:
         return hidden
 
     def _custom_mask(self, call: Call, group: int, valid: Tensor) -> Tensor:
-        columns = torch.cat([call.past_columns[group], call.run.columns + call.past], 1)
+        columns = torch.cat([call.cached[group].columns, call.run.columns + call.past], 1)
         return gather_custom(call.caller.custom, call.run.columns, columns, valid)
 
     # ------------------------------------------------------------------------------------------ layer, pre
@@ -262,7 +289,7 @@ class Engine:
             call.rope = kwargs["position_embeddings"]
         for cut in cuts:
             kwargs["hidden_states"] = self._cut(call, cut, kwargs["hidden_states"])
-        call.ends.append((call.run.columns, call.run.valid, call.run.full))
+        call.ends.append(Slots(call.run.columns, call.run.valid, call.run.full))
 
     def _group_mask(self, call: Call, index: int, kwargs: dict):
         """The mask of the current group, made once."""
@@ -273,12 +300,11 @@ class Engine:
             if call.step:
                 valid = self._step_mask(call, cache, index, hidden.shape[1])
             else:
-                new = call.run.valid
-                valid = torch.cat([call.past_valid[call.group].to(new.device), new], 1)
+                valid, full = self._validity(call, call.group)
                 if call.caller.custom is not None:
                     call.mask = (self._custom_mask(call, call.group, valid),)
                     return call.mask[0]
-                if not _static(cache) and call.run.full and call.past_full[call.group]:
+                if not _static(cache) and full:
                     valid = None
             call.mask = (
                 create_causal_mask(
@@ -300,7 +326,7 @@ class Engine:
             rope=kwargs["position_embeddings"],
             mask=kwargs.get("attention_mask"),
             valid=call.run.valid,
-            past_valid=call.past_valid[call.group],
+            past_valid=self._validity(call, call.group)[0][:, : -call.run.valid.shape[1]],
             cache=kwargs.get("past_key_values"),
         )
         call.run.signals = capture(self.captures[index], at)
@@ -325,17 +351,13 @@ class Engine:
         return output
 
     def _ledger(self, call: Call) -> caches.Ledger:
-        valid = [torch.cat([past, new.to(past.device)], 1) for past, (_, new, _) in zip(call.past_valid, call.ends)]
-        columns = [
-            torch.cat([past, new.to(past.device) + call.past], 1)
-            for past, (new, _, _) in zip(call.past_columns, call.ends)
-        ]
-        full = [past and new for past, (_, _, new) in zip(call.past_full, call.ends)]
+        pairs = list(zip(call.cached, call.ends))
+        valid = [torch.cat([old.valid, new.valid.to(old.valid.device)], 1) for old, new in pairs]
         return caches.Ledger(
             pruner=self.signature,
             bounds=self.bounds,
-            valid=[None if all_valid else v for v, all_valid in zip(valid, full)],
-            columns=columns,
+            valid=[None if old.full and new.full else v for v, (old, new) in zip(valid, pairs)],
+            columns=[torch.cat([old.columns, new.columns.to(old.columns.device) + call.past], 1) for old, new in pairs],
             offset=[call.past + call.width - v.shape[1] for v in valid],
             delta=call.delta,
         )
@@ -372,25 +394,3 @@ def drop_call(module: nn.Module, args: tuple, kwargs: dict):
 
 def _static(cache) -> bool:
     return cache is not None and cache.is_compileable
-
-
-def _new_valid(mask, inputs: Tensor) -> Tensor:
-    """`[B, L]` bool validity of the new columns, as far as a 2-D mask tells."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask[:, -inputs.shape[1] :].bool().to(inputs.device)
-    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-
-
-def _shift(positions: Tensor, delta: Tensor | None) -> Tensor:
-    """Add the shift `[A, B]` of "compact" positions to `[B, L]` or `[A, B, L]` position ids."""
-    if delta is None:
-        return positions
-    delta = delta.to(positions.device)[..., None]
-    return positions + (delta if positions.dim() == 3 else delta[0])
-
-
-def _compact(axes: Tensor, valid: Tensor) -> Tensor:
-    """Renumber `[A, B, L]` positions; of four axes the first counts text and is numbered on its own."""
-    if len(axes) == 4:
-        return torch.cat([dense_rank(axes[:1], valid), dense_rank(axes[1:], valid)])
-    return dense_rank(axes, valid)

@@ -49,6 +49,21 @@ FAMILIES = (
     Family("InternVL", ("internvl",), layouts.tiled, layouts.tiled, "OpenGVLab/InternVL3-8B-hf"),
 )
 
+SIGNAL_DECODERS = (
+    "gemma",
+    "granite",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_moe_text",
+    "qwen3_vl_text",
+)
+"""`config.model_type` of the decoders whose layers `prune.adapters.signals` can read: pre-norm, separate q/k/v
+projections, rotary embedding of the whole head in two halves, no soft-capping. Checked against eager attention."""
+
 UNKNOWN = Family("unknown", (), layouts.guessed, layouts.guessed)
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune.adapters.layouts import Request, expand_grid, guessed, layouts_of
+from prune.adapters.layouts import Request, guessed, layouts_of, repeat_shapes
 from prune.adapters.structure import Parts
+from prune.errors import InputError
 from prune.report import Layout
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-GRID = "prune_grid"
+SHAPES = {"grid_thw": "prune_grid_thw", "image_sizes": "prune_image_sizes"}
 
 
 @dataclass
@@ -34,10 +35,11 @@ class Found:
         return torch.stack([mask for mask, _ in self.groups]).any(0)
 
 
-def keep_grid(module: nn.Module, args: tuple, kwargs: dict, output):
-    """Post-hook on a native-resolution tower: let its output carry the grid, which `generate` drops."""
-    if "grid_thw" in kwargs and not isinstance(output, tuple):
-        setattr(output, GRID, kwargs["grid_thw"])
+def keep_shapes(module: nn.Module, args: tuple, kwargs: dict, output):
+    """Post-hook on a native-resolution tower: let its output carry the image shapes, which `generate` drops."""
+    for name, attribute in SHAPES.items():
+        if kwargs.get(name) is not None and not isinstance(output, tuple):
+            setattr(output, attribute, kwargs[name])
 
 
 def find_images(parts: Parts, kwargs: dict, visual_mask: Tensor | None) -> Found | None:
@@ -57,14 +59,19 @@ def find_images(parts: Parts, kwargs: dict, visual_mask: Tensor | None) -> Found
     raw = [m for m, name in PIXELS.items() if kwargs.get(name) is not None]
     if not encoded and not raw:
         return _user_given(parts, kwargs, visual_mask)
-    masks = {
-        m: _placeholders(parts, kwargs, token) for m, token in parts.placeholders.items() if m in encoded or m in raw
-    }
-    grids = {m: _grid(kwargs, encoded, m) for m in masks}
+    given = [m for m in parts.placeholders if m in encoded or m in raw]
+    masks = {m: _placeholders(parts, kwargs, parts.placeholders[m]) for m in given}
+    for modality, out in encoded.items():
+        if out.get("last_hidden_state") is None:  # what generate leaves of them when it feeds a prompt in chunks
+            raise InputError(
+                f"the {modality} features are rows cut out of what the encoder returned, so images cannot be "
+                "told apart; generate without prefill_chunk_size"
+            )
+    shapes = {m: _shapes(kwargs, encoded, m) for m in masks}
     early = {  # layouts that do not need the features: fail before anything is computed
-        m: layouts_of(getattr(parts.family, m), Request(parts.core, m, masks[m], None, kwargs, grids[m]))
+        m: layouts_of(getattr(parts.family, m), Request(parts.core, m, masks[m], None, kwargs, **shapes[m]))
         for m in masks
-        if grids[m] is not None and m not in encoded
+        if shapes[m]["grid"] is not None and m not in encoded
     }
     if raw and parts.encodes_first and not encoded:
         kwargs, encoded = _encode(parts, kwargs, raw)
@@ -72,8 +79,9 @@ def find_images(parts: Parts, kwargs: dict, visual_mask: Tensor | None) -> Found
     for modality, mask in masks.items():
         features = encoded[modality].pooler_output if modality in encoded else None
         request = Request(parts.core, modality, mask, features, kwargs)
-        if grids[modality] is not None:
-            request.grid = expand_grid(grids[modality], request.lengths, mask)
+        for name, shape in shapes[modality].items():
+            if shape is not None:
+                setattr(request, name, repeat_shapes(torch.as_tensor(shape), request.lengths, mask))
         layouts = early.get(modality) or layouts_of(getattr(parts.family, modality) or guessed, request)
         groups.append((mask, layouts))
     return Found(groups, kwargs)
@@ -84,7 +92,8 @@ def _user_given(parts: Parts, kwargs: dict, mask: Tensor | None) -> Found | None
     if mask is None or embeds is None or embeds.shape[1] != mask.shape[1] or embeds.shape[0] % mask.shape[0]:
         return None
     mask = mask.to(embeds.device).bool().repeat_interleave(embeds.shape[0] // mask.shape[0], 0)
-    return Found([(mask, guessed(Request(parts.core, "image", mask, None, kwargs)))], kwargs)
+    layouts = guessed(Request(parts.core, "image", mask, None, kwargs))
+    return Found([(mask, layouts)], kwargs) if layouts else None
 
 
 def _placeholders(parts: Parts, kwargs: dict, token: int) -> Tensor:
@@ -96,9 +105,13 @@ def _placeholders(parts: Parts, kwargs: dict, token: int) -> Tensor:
     return (embeds == embedding.to(embeds)).all(-1)
 
 
-def _grid(kwargs: dict, encoded: dict, modality: str) -> Tensor | None:
-    grid = kwargs.get(f"{modality}_grid_thw")
-    return getattr(encoded.get(modality), GRID, None) if grid is None else grid
+def _shapes(kwargs: dict, encoded: dict, modality: str) -> dict:
+    """What is known of the shapes of the images: grids in patches, or sizes in pixels."""
+    found = {"grid": kwargs.get(f"{modality}_grid_thw"), "sizes": kwargs.get("image_sizes")}
+    for key, attribute in zip(found, SHAPES.values()):
+        if found[key] is None:
+            found[key] = getattr(encoded.get(modality), attribute, None)
+    return found
 
 
 def _encode(parts: Parts, kwargs: dict, modalities: list[str]) -> tuple[dict, dict]:

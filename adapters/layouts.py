@@ -29,8 +29,9 @@ class Request:
         mask: `[B, L]` bool, the placeholder columns of this modality.
         features: the encoder's per-image features, if they are known before the decoder runs (a list of `[n, D]` or one
             `[images, n, D]` tensor).
-        inputs: the keyword arguments of the call (pixel values, image sizes, grids).
+        inputs: the keyword arguments of the call (pixel values and the like).
         grid: `[images, 3]` (frames, rows, columns) in patches, for models of native resolution.
+        sizes: `[images, 2]` (height, width) in pixels.
     """
 
     core: torch.nn.Module
@@ -39,6 +40,7 @@ class Request:
     features: list[Tensor] | Tensor | None
     inputs: dict
     grid: Tensor | None = None
+    sizes: Tensor | None = None
 
     @property
     def lengths(self) -> list[int] | None:
@@ -102,11 +104,9 @@ def _plain(n: int, modality: str = "image") -> Layout:
 
 def square(request: Request) -> list[Layout]:
     """LLaVA-1.5: one square grid per image; native-resolution towers (Pixtral) by their image sizes."""
-    sizes = request.inputs.get("image_sizes")
-    patch = getattr(request.core.config.vision_config, "patch_size", None)
-    if sizes is not None and patch:
-        merge = getattr(request.core.config, "spatial_merge_size", 1)
-        return [grids(((1, h // patch // merge, w // patch // merge),)) for h, w in torch.as_tensor(sizes).tolist()]
+    if request.sizes is not None:
+        patch = request.core.config.vision_config.patch_size
+        return [grids(((1, h // patch, w // patch),)) for h, w in request.sizes.tolist()]
     return [_plain(n) for n in request.equal_lengths()]
 
 
@@ -174,16 +174,14 @@ def _newlines_by_packing(request: Request) -> list[tuple[int, int]]:
 
     core, side = request.core, request.side()
     config = core.config
-    sizes = torch.as_tensor(request.inputs["image_sizes"]).cpu()
-    groups = request.inputs.get("batch_num_images")
-    single = (
-        [False] * len(sizes) if groups is None else [n > 1 for n in torch.as_tensor(groups).tolist() for _ in range(n)]
-    )
+    sizes, groups = request.sizes.cpu(), request.inputs.get("batch_num_images")
+    tiled = [True] * len(sizes)
+    if groups is not None:  # OneVision tiles an image only if its sample has no other
+        tiled = [n == 1 for n in torch.as_tensor(groups).tolist() for _ in range(n)]
+    edge = config.vision_config.image_size
     tiles = [
-        1
-        if alone
-        else image_size_to_num_patches(size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size)
-        for size, alone in zip(sizes, single)
+        image_size_to_num_patches(size, config.image_grid_pinpoints, edge) if many else 1
+        for size, many in zip(sizes.tolist(), tiled)
     ]
     blank = [torch.zeros(count, side * side, 1) for count in tiles]
     options = {"vision_feature_select_strategy": "full"} if hasattr(config, "vision_feature_select_strategy") else {}
@@ -205,9 +203,7 @@ def _check_size(shapes: list[tuple[int, int, int]]) -> None:
             raise InputError(f"image {number} is smaller than one patch and gives no visual token; enlarge it")
 
 
-def layouts_of(
-    layout: Callable[[Request], list[Layout]], request: Request, expected: int | None = None
-) -> list[Layout]:
+def layouts_of(layout: Callable[[Request], list[Layout]], request: Request) -> list[Layout]:
     """Run a layout function and check its result against the lengths the features have.
 
     Raises:
@@ -222,15 +218,15 @@ def layouts_of(
     return found
 
 
-def expand_grid(grid: Tensor, lengths: list[int] | None, mask: Tensor) -> Tensor:
-    """Repeat the grids the way `generate` repeats the features for beams and returned sequences.
+def repeat_shapes(shapes: Tensor, lengths: list[int] | None, mask: Tensor) -> Tensor:
+    """Repeat the images' shapes the way `generate` repeats the features for beams and returned sequences.
 
     The samples' groups of images are repeated, [A, B] -> [A, B, A, B]; the rows of the batch tell the groups
     (synchronises; only when something was repeated).
     """
-    if lengths is None or len(lengths) == len(grid) or len(lengths) % len(grid):
-        return grid
-    times = len(lengths) // len(grid)
+    if lengths is None or len(lengths) == len(shapes) or len(lengths) % len(shapes):
+        return shapes
+    times = len(lengths) // len(shapes)
     per_row = mask.sum(1).tolist()
     order, at, first = [], 0, 0
     for number, tokens in enumerate(per_row):
@@ -241,4 +237,4 @@ def expand_grid(grid: Tensor, lengths: list[int] | None, mask: Tensor) -> Tensor
         order += range(first, first + images)
         at += images
         first += images if number % times == times - 1 else 0
-    return grid[order]
+    return shapes[order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,20 +21,24 @@ class CallerMask:
         past: `[B, past]` bool validity of the logical columns before them.
         custom: the caller's own 4-D mask `[B or 1, H, q, past + q]`, if it is one; None otherwise.
         given: False if there was no mask, so that all columns are valid without looking.
+        tells_past: True if `past` is the caller's word and not just assumed to be all valid.
     """
 
     new: Tensor
     past: Tensor
     custom: Tensor | None = None
     given: bool = True
+    tells_past: bool = False
 
+    @cached_property
     def new_full(self) -> bool:
         """Whether all new columns are valid; asks the device only if the caller gave a mask."""
         return not self.given or bool(self.new.all())
 
+    @cached_property
     def past_full(self) -> bool:
         """Whether all earlier columns are valid."""
-        return not self.given or bool(self.past.all())
+        return not self.tells_past or bool(self.past.all())
 
 
 def take_apart(mask, batch: int, q: int, past: int, device: torch.device, static: bool) -> CallerMask:
@@ -60,7 +65,7 @@ def take_apart(mask, batch: int, q: int, past: int, device: torch.device, static
         mask = mask.bool()
         if mask.shape[1] < past + q:
             return CallerMask(mask[:, -q:], ones(past))
-        return CallerMask(mask[:, past : past + q], mask[:, :past])
+        return CallerMask(mask[:, past : past + q], mask[:, :past], tells_past=past > 0)
     if static and past:
         return CallerMask(ones(q), ones(past), given=False)
     # A column is padding if no query may see it; what a custom mask hides from some, it goes on hiding itself.

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prune.adapters.positions import last_valid
 from prune.adapters.structure import Parts
 from prune.adapters.visual import Visual
 from prune.budget import Budget
-from prune.errors import InputError
+from prune.errors import ConfigError, InputError
 from prune.method import Method, Reducer, Site, Stage, alive
 
 
@@ -31,6 +32,7 @@ def plan(parts: Parts, method: Method, budget: Budget | None, visual: Visual, va
 
     Raises:
         BudgetError: the budget is out of reach.
+        ConfigError: the method acts at a site it did not name when it was attached.
     """
     counts = visual.counts
     if budget is not None and budget.flops is not None:
@@ -38,8 +40,12 @@ def plan(parts: Parts, method: Method, budget: Budget | None, visual: Visual, va
     else:
         by_count = {n: method.stages(parts.geometry(n), budget) for n in set(counts)}
         stages = [by_count[n] for n in counts]
-    cuts, before = [], counts
+    cuts, before, sites = [], counts, set(method.sites(len(parts.layers)))
     for number, stage in enumerate(stages[0]):
+        if stage.site not in sites:
+            raise ConfigError(
+                f"{type(method).__name__}.plan moved to {stage.site}; sites may depend on geometry.layers only"
+            )
         keep = [min(per_image[number].keep, n) for per_image, n in zip(stages, before)]
         if keep != before:
             cuts.append(Cut(stage.site, stage.reducer, keep))
@@ -48,17 +54,33 @@ def plan(parts: Parts, method: Method, budget: Budget | None, visual: Visual, va
 
 
 def _by_flops(parts: Parts, method: Method, budget: Budget, visual: Visual, valid: Tensor) -> list[tuple[Stage, ...]]:
-    """Every image of a sample is cut by the same share, so that the sample as a whole meets the budget."""
-    samples, lengths = visual.sample.tolist(), valid.sum(1).tolist()
-    totals = {b: sum(n for n, s in zip(visual.counts, samples) if s == b) for b in set(samples)}
-    shares = {}
-    for sample, total in totals.items():
-        geometry = parts.geometry(total, lengths[sample] - total)
-        shares[sample] = budget.solve(geometry, lambda k, g=geometry: alive(g, method.plan(g, k))) / total
-    return [
-        method.plan(parts.geometry(n), min(n, max(1, round(n * shares[sample]))))
-        for n, sample in zip(visual.counts, samples)
-    ]
+    """The budget holds for a sample as a whole; its images share the kept tokens in proportion to their size."""
+    samples, text = visual.sample.tolist(), text_tokens(visual, valid)
+    keep = [0] * len(samples)
+    for sample in set(samples):
+        images = [image for image, owner in enumerate(samples) if owner == sample]
+        sizes = [visual.counts[image] for image in images]
+        geometry = parts.geometry(sum(sizes), text[sample])
+        total = budget.solve(geometry, lambda k, g=geometry: alive(g, method.plan(g, k)))
+        for image, share in zip(images, _apportion(total, sizes)):
+            keep[image] = share
+    return [method.plan(parts.geometry(n), k) for n, k in zip(visual.counts, keep)]
+
+
+def _apportion(total: int, sizes: list[int]) -> list[int]:
+    """Whole shares of `total` in proportion to `sizes`, by largest remainder, at least 1 each."""
+    shares = [max(1, total * size // sum(sizes)) for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % sum(sizes)), i))
+    for i in by_remainder[: max(0, total - sum(shares))]:
+        shares[i] += 1
+    return shares
+
+
+def text_tokens(visual: Visual, valid: Tensor) -> list[int]:
+    """Per sample, valid tokens that are not visual ones (synchronises)."""
+    seen = torch.zeros(len(valid), dtype=torch.long, device=valid.device)
+    seen = seen.index_add(0, visual.sample, visual.visible.sum(1))
+    return (valid.sum(1) - seen).tolist()
 
 
 def check_question(method: Method, placeholder: Tensor, valid: Tensor) -> None:
@@ -67,9 +89,7 @@ def check_question(method: Method, placeholder: Tensor, valid: Tensor) -> None:
     Raises:
         InputError: names the samples.
     """
-    columns = torch.arange(valid.shape[1], device=valid.device)
-    last = torch.where(valid, columns, 0).amax(1, keepdim=True)
-    ends_visual = (placeholder & valid).gather(1, last)[:, 0]
+    ends_visual = (placeholder & valid).gather(1, last_valid(valid))[:, 0]
     if bool(ends_visual.any()):
         samples = ends_visual.nonzero()[:, 0].tolist()
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prune.adapters.planner import text_tokens
 from prune.adapters.visual import Visual
 from prune.budget import Budget, Geometry
 from prune.method import Method
@@ -39,14 +40,12 @@ class Record:
         for image in images:
             for layer in range(self.geometry.layers):
                 per_layer[image.sample][layer] += self._alive(image, history, layer)
-        totals = [sum(image.tokens for image in images if image.sample == sample) for sample in range(batch)]
-        text = [n - total for n, total in zip(self.valid.sum(1).tolist(), totals)]
         return Report(
             method=repr(self.method),
             budget=str(self.budget) if self.budget is not None else "its own budgets",
             images=images,
             tokens_per_layer=per_layer,
-            text_tokens=text,
+            text_tokens=text_tokens(visual, self.valid),
             geometry=self.geometry,
             bytes_per_value=self.bytes_per_value,
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prune.adapters.positions import last_valid
 from prune.kernels.compaction import take
 
 
@@ -82,8 +83,7 @@ def last_token_attention(at: LayerInput, normed: Tensor) -> Tensor:
     """
     attention = at.layer.self_attn
     width = at.hidden.shape[1]
-    columns = torch.arange(width, device=at.hidden.device)
-    last = torch.where(at.valid, columns, -1).amax(1, keepdim=True).clamp(min=0)
+    columns, last = torch.arange(width, device=at.hidden.device), last_valid(at.valid)
     rope = tuple(take(t, last) for t in _tables(at))
     q = _rotate(_project(attention, "q", take(normed, last)), rope)[:, 0]
     k = keys(at, normed).transpose(1, 2)

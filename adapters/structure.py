@@ -43,6 +43,14 @@ class Parts:
         """Whether `core.forward` accepts ready-made encoder outputs (transformers >= 5.18)."""
         return "mm_encoder_outputs" in inspect.signature(self.core.forward).parameters
 
+    @property
+    def replays_hooks(self) -> bool:
+        """Whether gradient checkpointing is on and would run the hooks of a decoder layer again in the backward pass
+        (transformers whose `GradientCheckpointingLayer` wraps `__call__`)."""
+        layer = self.layers[0]
+        on = layer.training and getattr(layer, "gradient_checkpointing", False)
+        return on and type(layer).__call__ is not nn.Module.__call__
+
     def geometry(self, visual_tokens: int, text_tokens: int = 0) -> Geometry:
         config = self.decoder.config
         heads = config.num_attention_heads
@@ -73,6 +81,8 @@ def find_parts(model: nn.Module) -> Parts:
         raise UnsupportedModelError(f"cannot attach to {type(base).__name__}: {reason}. {supported}")
 
     core = next((m for m in (getattr(base, "model", None), base) if hasattr(m, "language_model")), None)
+    if core is None and isinstance(getattr(base, "module", None), nn.Module):
+        fail("it wraps another model; pass that one (model.module)")
     if core is None:
         fail("no .language_model in it or in its .model (a text-only or vision-only model?)")
     tower = next((getattr(core, name) for name in TOWERS if isinstance(getattr(core, name, None), nn.Module)), None)
@@ -83,8 +93,18 @@ def find_parts(model: nn.Module) -> Parts:
     if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(layers[0], "self_attn"):
         fail("its language_model has no .layers with .self_attn")
     kinds = set((getattr(decoder.config, "layer_types", None) or ["full_attention"])[: len(layers)])
+    window = getattr(decoder.config, "sliding_window", None)
+    if (
+        window
+        and not getattr(decoder.config, "layer_types", None)
+        and getattr(decoder.config, "use_sliding_window", True)
+    ):
+        kinds = {"sliding_attention"}
     if kinds != {"full_attention"}:
-        fail(f"its decoder has {', '.join(sorted(kinds - {'full_attention'}))} layers, whose windows count columns")
+        fail(
+            f"its decoder has {', '.join(sorted(kinds - {'full_attention'}))} layers, whose windows count columns; "
+            "config.sliding_window=None would switch them off"
+        )
     family = family_of(getattr(core.config, "model_type", ""))
     parts = Parts(core, decoder, layers, tower, family)
     if "image" not in parts.placeholders:

@@ -21,6 +21,7 @@ class Visual:
     Args:
         layouts: of every image.
         places: `[S, N0, 4]` coordinates of the tokens the method chooses from, before any pruning.
+        visible: `[S, N0]` bool, those the attention mask does not hide.
         sample: `[S]` batch row of every image.
         columns: `[S, N]` the caller's column of every token alive.
         slots: `[S, N]` where it is in the current, maybe already shortened, sequence.
@@ -33,6 +34,7 @@ class Visual:
 
     layouts: list[Layout]
     places: Tensor
+    visible: Tensor
     sample: Tensor
     columns: Tensor
     slots: Tensor
@@ -42,6 +44,11 @@ class Visual:
     counts: list[int]
     exact: bool = True
     history: list[tuple[Site, Tensor, Tensor]] = field(default_factory=list)
+
+    def hide(self, valid: Tensor) -> None:
+        """Tokens the caller's mask hides (`[B, L]` bool) are padding: not to be chosen, not to be counted."""
+        self.visible = self.mask = self.mask & valid[self.sample[:, None], self.columns]
+        self.exact = False
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, L, ...]` -> `[S, N, ...]`: what the sequence holds at the tokens alive."""
@@ -73,6 +80,7 @@ def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool) -> Vis
     ]
     position = torch.cat(reading)[pick.to(device, non_blocking=True)]
     columns = position % width
+    mask = (torch.arange(shape[1]) < counts[:, None]).to(device, non_blocking=True)
     return Visual(
         layouts=layouts,
         places=places[pick].to(device, non_blocking=True),
@@ -80,7 +88,8 @@ def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool) -> Vis
         columns=columns,
         slots=columns,
         token=torch.arange(shape[1], device=device).expand(shape),
-        mask=(torch.arange(shape[1]) < counts[:, None]).to(device, non_blocking=True),
+        visible=mask,
+        mask=mask,
         initial=counts.tolist(),
         counts=counts.tolist(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ def apply_pruner(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_pruner wants a model (torch.nn.Module), got {type(model).__name__}")
     if isinstance(method, Method):
+        if not is_dataclass(method):
+            raise ConfigError(f"{type(method).__name__} must be a dataclass, so that its options say what it is")
         if options:
             raise ConfigError(f"options {sorted(options)} go into the method object: {type(method).__name__}(...)")
     elif isinstance(method, str):
@@ -137,7 +140,10 @@ class Handle:
             self._engine.visual_mask = before
 
     def remove(self) -> None:
-        """Take every hook off; the model is what it was before. Safe to call twice."""
+        """Take every hook off; the model is what it was before. Safe to call twice.
+
+        A KV cache that was filled while the pruner was on still misses what was dropped: start a new one.
+        """
         self._engine.detach()
 
     def __enter__(self) -> Handle:

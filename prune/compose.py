@@ -16,7 +16,8 @@ class Compose(Method):
 
     Under one budget every member removes the same share of what reaches it, so that the last one meets the budget:
     member j of m leaves N * (K / N) ** (j / m) of N tokens. Give `budgets` to set each member's own instead; a count
-    is then relative to what reaches the member, and no budget is passed to `apply_pruner`.
+    is then relative to what reaches the member, and no budget is passed to `apply_pruner`. Positions are "compact" if
+    all members act before the decoder and want them so, else "original".
 
     Example:
         >>> apply_pruner(model, Compose(DivPrune(), FastV(layer=8)), ratio=0.9)
@@ -26,7 +27,7 @@ class Compose(Method):
         budgets: one `Budget(ratio=...)` or `Budget(keep=...)` per member.
 
     Raises:
-        ConfigError: fewer than two members, sites that do not ascend, different position policies, wrong `budgets`.
+        ConfigError: fewer than two members, sites that do not ascend, wrong or nested `budgets`.
     """
 
     members: tuple[Method, ...]
@@ -40,6 +41,8 @@ class Compose(Method):
         sites = [site for member in members for site in member.sites()]
         if any(a >= b for a, b in zip(sites, sites[1:])):
             raise ConfigError(f"the sites of composed methods must ascend, got {', '.join(map(str, sites))}")
+        if any(getattr(member, "budgets", None) is not None for member in members):
+            raise ConfigError("a composed method may not carry budgets of its own; list its members and theirs instead")
         if budgets is not None:
             budgets = tuple(budgets)
             if len(budgets) != len(members) or any(b.ratio is None and b.keep is None for b in budgets):
@@ -50,18 +53,19 @@ class Compose(Method):
         self.merges = any(member.merges for member in members)
         self.newlines = any(member.newlines for member in members)
         self.signals = tuple(dict.fromkeys(signal for member in members for signal in member.signals))
-        compact = {member.positions for member in members if member.sites()[0].kind == "projected"}
-        self.positions = compact.pop() if len(compact) == 1 else "original"
+        before_decoder = all(site.kind == "projected" for site in sites)
+        compact = before_decoder and all(member.positions == "compact" for member in members)
+        self.positions = "compact" if compact else "original"
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
         return self._chain(geometry, self._split(geometry.visual_tokens, keep))
 
     def stages(self, geometry: Geometry, budget: Budget | None) -> tuple[Stage, ...]:
-        if budget is not None:
-            return super().stages(geometry, budget)
-        if self.budgets is None:
+        if self.budgets is not None:
+            return self._chain(geometry, self.budgets)
+        if budget is None:
             raise ConfigError("Compose has no budgets of its own; give apply_pruner one, such as ratio=0.9")
-        return self._chain(geometry, self.budgets)
+        return super().stages(geometry, budget)
 
     def _split(self, n: int, keep: int) -> list[Budget]:
         m = len(self.members)

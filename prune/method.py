@@ -79,7 +79,10 @@ class Method:
     newlines = False
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
-        """The stages, in order, that leave `keep` of `geometry.visual_tokens` after the last one."""
+        """The stages, in order, that leave `keep` of `geometry.visual_tokens` after the last one.
+
+        The sites may depend on `geometry.layers` only: hooks are registered for them once.
+        """
         raise NotImplementedError
 
     def sites(self, layers: int = 1000) -> tuple[Site, ...]:

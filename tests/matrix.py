@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import pytest
 from tiny import ATTENTION, FAMILIES
 from torch import nn
 
-from prune import Compose, Handle, Method, apply_pruner, get_method
+from prune import Compose, Geometry, Handle, Method, Reduction, apply_pruner, get_method
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,24 @@ class Row:
         """The row's method on a model; `changes` replace its budget or set the position policy."""
         budget = {} if set(changes) & {"ratio", "keep", "average", "flops"} else self.budget
         return apply_pruner(model, self.method(), **{"positions": self.positions, **budget, **changes})
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Reduction]]:
+        """Collect what the method's reducers return, if it merges: only they know what they folded into what."""
+        seen: list[Reduction] = []
+
+        def watch(reduce):
+            def wrapped(*args):
+                seen.append(reduce(*args))
+                return seen[-1]
+
+            return wrapped
+
+        with ExitStack() as stack:
+            if self.method().merges:
+                for cls in {type(stage.reducer) for stage in self.method().plan(Geometry(100), 10)}:
+                    stack.enter_context(patch.object(cls, "reduce", watch(cls.reduce)))
+            yield seen
 
     @property
     def policy(self) -> str:

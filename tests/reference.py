@@ -96,6 +96,7 @@ def expect(
     allowed: Tensor | None = None,
     inputs: dict | None = None,
     spans: list[list[int]] | None = None,
+    merges: dict | None = None,
 ) -> Expected:
     """The pruned forward of one sample.
 
@@ -109,12 +110,17 @@ def expect(
         allowed: `[L, L]` bool, who may attend to whom beside causality.
         inputs: the model's inputs, if not `collate([sample])`.
         spans: per image the columns to choose from, if not `places`.
+        merges: what `merges_of` found, for methods that fold dropped tokens into kept ones.
     """
     t = trace(model, collate([sample], dtype=model.dtype) if inputs is None else inputs)
-    drops = _drops(places(model, sample, t.embeds) if spans is None else spans, sample, images)
+    cuts = _cuts(places(model, sample, t.embeds) if spans is None else spans, sample, images, merges or {})
     lm, length = model.model.language_model, len(t.embeds)
-    columns = [c for c in range(length) if all(c not in gone for layer, gone in drops if layer is None)]
-    embeds = torch.stack([t.embeds[c] for c in columns])[None]
+    features, gone = t.embeds, set()
+    for cut in cuts:
+        if cut.layer is None:
+            features, gone = _merge(features, cut.merges, range(length)), gone | cut.gone
+    columns = [c for c in range(length) if c not in gone]
+    embeds = torch.stack([features[c] for c in columns])[None]
     ids = t.positions[:, columns]
     if positions == "compact":
         ids = dense(ids)
@@ -126,11 +132,11 @@ def expect(
     deepstack = [torch.stack([feature[order.index(columns[i])] for i in slots]) for feature in t.deepstack if slots]
 
     kept, entering, hidden, attention = [], [], [], []
-    gone: set[int] = set()
     h = embeds
     for number, layer in enumerate(lm.layers):
-        for site, dropped in drops:
-            gone = gone | dropped if site == number else gone
+        for cut in cuts:
+            if cut.layer == number:
+                h, gone = _merge(h[0], cut.merges, columns)[None], gone | cut.gone
         alive = [i for i, c in enumerate(columns) if c not in gone]
         visible = torch.zeros(len(columns), len(columns), dtype=torch.bool)
         visible[:, alive] = True
@@ -168,9 +174,18 @@ def _layer(layer: nn.Module, hidden: Tensor, mask: Tensor, rotary) -> tuple[Tens
     return (out[0] if isinstance(out, tuple) else out), seen[0]
 
 
-def _drops(spans: list[list[int]], sample: Sample, images: list) -> list[tuple[int | None, set[int]]]:
-    """(decoder layer, None for before the decoder; columns that are gone from there on)."""
-    drops = []
+@dataclass
+class _Cut:
+    """One stage of one image: before decoder layer `layer` (None: before the decoder) the columns `gone` go, after
+    every column in `merges` became the weighted sum of columns."""
+
+    layer: int | None
+    gone: set[int]
+    merges: dict[int, list[tuple[float, int]]]
+
+
+def _cuts(spans: list[list[int]], sample: Sample, images: list, merges: dict) -> list[_Cut]:
+    cuts = []
     for modality in ("image", "video"):
         own = [span for span, medium in zip(spans, sample.media) if medium.modality == modality]
         reports = [image for image in images if image.layout.modality == modality]
@@ -178,10 +193,45 @@ def _drops(spans: list[list[int]], sample: Sample, images: list) -> list[tuple[i
         for span, report in zip(own, reports):
             assert report.tokens == len(span), f"{report.tokens} tokens reported, {len(span)} placeholders"
             for site, kept in report.stages.items():
-                alive = {span[i] for i in kept.tolist()}
+                sums = merges.get((report.sample, report.index, str(site)), {})
+                sums = {span[to]: [(weight, span[i]) for weight, i in terms] for to, terms in sums.items()}
                 layer = None if str(site) == "projected" else int(str(site).removeprefix("decoder:"))
-                drops.append((layer, set(span) - alive))
-    return drops
+                cuts.append(_Cut(layer, set(span) - {span[i] for i in kept.tolist()}, sums))
+    return cuts
+
+
+def _merge(features: Tensor, sums: dict[int, list[tuple[float, int]]], columns) -> Tensor:
+    """`features` `[len(columns), D]` with the weighted sums in place."""
+    if not sums:
+        return features
+    slot = {column: i for i, column in enumerate(columns)}
+    rows = list(features)
+    for to, terms in sums.items():
+        rows[slot[to]] = sum(weight * features[slot[column]].float() for weight, column in terms).to(features.dtype)
+    return torch.stack(rows)
+
+
+def merges_of(report, reductions: list) -> dict:
+    """(sample, image, site) -> {kept token: [(weight, token), ...]} from the `Reduction`s of a prefill, one per stage.
+
+    Reducers get one row per image, images before videos, each in reading order.
+    """
+    images = sorted(report.images, key=lambda image: (image.layout.modality == "video", image.sample, image.index))
+    found = {}
+    for row, image in enumerate(images):
+        alive = list(range(image.tokens))
+        for (site, kept), reduction in zip(image.stages.items(), reductions, strict=True):
+            chosen = [alive[i] for i in reduction.keep[row][reduction.valid[row]].tolist()]
+            assert chosen == kept.tolist(), "the report tells something else than the method chose"
+            if (merge := reduction.merge) is not None:
+                scale = torch.ones(len(chosen)) if merge.scale is None else merge.scale[row]
+                terms = {token: [(float(scale[i]), token)] for i, token in enumerate(chosen)}
+                for source, slot, weight in zip(*(x[row].tolist() for x in (merge.source, merge.slot, merge.weight))):
+                    if weight:
+                        terms[chosen[slot]].append((weight, alive[source]))
+                found[image.sample, image.index, str(site)] = terms
+            alive = chosen
+    return found
 
 
 def dense(positions: Tensor) -> Tensor:
@@ -208,11 +258,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE)
     assert off <= tolerance, f"off by {off:.2e} relative"
 
 
-def check_counts(report, budget: dict, counts=None) -> None:
+def check_counts(report, budget: dict, counts=None, at_most: bool = False) -> None:
     """Every image keeps what the budget says, as ascending indices in range, and stages only ever drop.
 
     Args:
         counts: N -> tokens kept, for budgets other than `ratio` and `keep`.
+        at_most: for methods whose counts depend on the content.
     """
     assert report.images
     for image in report.images:
@@ -223,7 +274,8 @@ def check_counts(report, budget: dict, counts=None) -> None:
             want = min(n, budget["keep"])
         else:
             want = counts(n)
-        assert len(image.kept) == want, f"{len(image.kept)} of {n} kept, the budget says {want}"
+        right = len(image.kept) <= want if at_most else len(image.kept) == want
+        assert right, f"{len(image.kept)} of {n} kept, the budget says {want}"
         alive = set(range(n))
         for kept in image.stages.values():
             kept = kept.tolist()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fingerprint import changed, fingerprint
 from matrix import ROWS, cells
-from reference import assert_close, check_counts, expect, of_sample
+from reference import assert_close, check_counts, expect, merges_of, of_sample
 from tiny import (
     ATTENTION,
     FAMILIES,
@@ -23,7 +23,7 @@ from tiny import (
     with_positions,
 )
 
-from prune import Geometry, list_methods
+from prune import Budget, Geometry, list_methods
 
 
 @pytest.fixture(autouse=True)
@@ -78,39 +78,40 @@ def test_forward_equals_reference(row, family, attn):
     model, oracle, samples = shared(family, attn), pristine(family, attn), mixed_batch(family)
     expected = {}
     for policy in row.policies:
-        with row.attach(model, positions=policy) as handle:
+        with row.watched() as reductions, row.attach(model, positions=policy) as handle:
             for side in ("left", "right"):
+                reductions.clear()
                 logits = model(**with_positions(collate(samples, side))).logits
                 report = handle.last
                 _check_report(row, model, report)
                 for number, sample in enumerate(samples):
-                    images = of_sample(report, number)
-                    key = policy, number, *(tuple(image.kept.tolist()) for image in images)
+                    key = policy, number, *(tuple(image.kept.tolist()) for image in of_sample(report, number))
                     if key not in expected:
-                        expected[key] = expect(oracle, sample, images, policy)
+                        expected[key] = _expected(row, oracle, sample, report, number, policy, reductions)
                     want = expected[key]
                     columns = columns_of(samples, number, side)[want.first :]
                     assert_close(logits[number, columns], want.logits[want.first :])
         assert len([key for key in expected if key[0] == policy]) == len(samples), "the choice depends on the padding"
 
 
-def _check_report(row, model, report):
-    method = row.method()
-    config = model.config.get_text_config()
-    geometry = Geometry(
-        1,
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
+def _expected(row, oracle, sample, report, number, policy, reductions, answer=()):
+    """The reference for one row of a batch, with the answer behind it."""
+    return expect(
+        oracle,
+        sample.then(list(answer)),
+        of_sample(report, number),
+        policy,
+        spans=sample.spans() if row.method().newlines else None,
+        merges=merges_of(report, reductions) if reductions else None,
     )
-    from prune import Budget
 
-    check_counts(report, row.budget, lambda n: method.kept(n, Budget(**row.budget), geometry))
+
+def _check_report(row, model, report):
+    method, budget = row.method(), Budget(**row.budget)
+    geometry = Geometry(1, layers=model.config.get_text_config().num_hidden_layers)
+    check_counts(report, row.budget, lambda n: method.kept(n, budget, geometry), at_most=method.adaptive)
     for image in report.images:
-        assert list(image.stages) and [str(site) for site in image.stages] == [str(site) for site in method.sites()]
+        assert [str(site) for site in image.stages] == [str(site) for site in method.sites()]
 
 
 @cells(families=VIDEO_FAMILIES, attention=("sdpa",))
@@ -121,12 +122,12 @@ def test_videos_equal_reference(row, family, attn):
         Sample(family, [6], 2),
         Sample(family, [5, Image(1), 2, Video(), 3], 3),
     ]
-    with row.attach(model) as handle:
+    with row.watched() as reductions, row.attach(model) as handle:
         logits = model(**with_positions(collate(samples))).logits
         report = handle.last
     _check_report(row, model, report)
     for number, sample in enumerate(samples):
-        want = expect(oracle, sample, of_sample(report, number), row.policy)
+        want = _expected(row, oracle, sample, report, number, row.policy, reductions)
         assert_close(logits[number, columns_of(samples, number)], want.logits)
 
 
@@ -150,7 +151,7 @@ def test_cached_generation_equals_recomputation(row, family, attn):
     """Greedy decoding with a cache, ragged batch, against the reference on prompt + answer without one."""
     model, oracle, samples, steps = shared(family, attn), pristine(family, attn), mixed_batch(family), 4
     for policy in row.policies:
-        with row.attach(model, positions=policy) as handle:
+        with row.watched() as reductions, row.attach(model, positions=policy) as handle:
             out = model.generate(
                 **collate(samples),
                 max_new_tokens=steps,
@@ -162,7 +163,7 @@ def test_cached_generation_equals_recomputation(row, family, attn):
             report = handle.last
         for number, sample in enumerate(samples):
             answer = out.sequences[number, -steps:].tolist()
-            want = expect(oracle, sample.then(answer), of_sample(report, number), policy).logits[-steps - 1 : -1]
+            want = _expected(row, oracle, sample, report, number, policy, reductions, answer).logits[-steps - 1 : -1]
             got = torch.stack([logits[number] for logits in out.logits])
             assert_close(got, want)
             want[:, SPECIAL] = -torch.inf

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from matrix import engine_cells
+from matrix import COMPACT, TWO_STAGE, engine_cells
 from reference import assert_close, expect, of_sample, places, trace
 from tiny import FAMILIES, PAD, SPECIAL, VOCABULARY, Image, Sample, collate, pristine, shared
 from torch.nn.functional import pad
@@ -131,6 +131,31 @@ def test_static_cache(row, family):
             cache.reset()
     bare = _generate(model, inputs, past_key_values=cache)
     assert torch.equal(bare.sequences, _generate(pristine(family), inputs).sequences)
+
+
+@pytest.mark.parametrize(("row", "family"), [(COMPACT, "llava"), (TWO_STAGE, "qwen3_vl")], ids=str)
+def test_a_compiled_step_has_no_graph_break(row, family):
+    """Two steps after a ragged prefill into a static cache, as one graph."""
+    model, oracle, samples = shared(family), pristine(family), _samples(family)
+    inputs = collate(samples)
+    steps = torch.tensor([[44, 46], [45, 47]])
+    whole = [sample.then(ids) for sample, ids in zip(samples, steps.tolist())]
+    mask = pad(inputs["attention_mask"], (0, 2), value=1)
+    ids = _padded_positions([trace(oracle, collate([sample])).positions for sample in whole], mask)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=mask.shape[1])
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with row.attach(model) as handle:
+        model(**inputs, position_ids=ids[..., :-2], past_key_values=cache)
+        report = handle.last
+        logits = [
+            step(input_ids=steps[:, i : i + 1], position_ids=ids[..., i - 2][..., None], past_key_values=cache).logits
+            for i in range(2)
+        ]
+    torch._dynamo.reset()
+    for number, sample in enumerate(whole):
+        want = expect(oracle, sample, of_sample(report, number), row.policy).logits
+        assert_close(torch.cat(logits, 1)[number], want[-2:])
 
 
 class _Identity(QuantizedLayer):

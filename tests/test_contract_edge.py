@@ -1,22 +1,22 @@
-"""Shapes at the edge: counts that depend on the content, images without survivors, images at the very start."""
+"""At the edge: counts that depend on the content, images without survivors or at the very start, merged tokens."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
 from matrix import ENGINE, engine_cells
-from reference import assert_close, expect, of_sample
+from reference import assert_close, expect, merges_of, of_sample
 from tiny import FAMILIES, SPECIAL, Image, Sample, collate, columns_of, mixed_batch, pristine, shared
 
-from prune import Reducer, Reduction, apply_pruner
+from prune import Merge, Reducer, Reduction, apply_pruner
 
 
 @dataclass
 class Bright(Reducer):
-    """Keeps the tokens whose first channel is above a threshold: any number, maybe none; never more than allowed."""
+    """Keeps the tokens brighter than the mean of their image: any number up to the budget, none of the first image."""
 
     layer: int | None = None
-    threshold: float = 0.0
+    nothing: bool = False
     adaptive = True
 
     @property
@@ -24,20 +24,23 @@ class Bright(Reducer):
         return "projected" if self.layer is None else f"decoder:{self.layer}"
 
     def reduce(self, tokens, keep):
-        wanted = (tokens.features[..., 0] > self.threshold) & tokens.mask
+        light = tokens.features[..., 0]
+        mean = (light * tokens.mask).sum(1, keepdim=True) / tokens.mask.sum(1, keepdim=True)
+        wanted = (light > mean) & tokens.mask
         wanted &= wanted.cumsum(1) <= torch.tensor(keep)[:, None]
+        wanted[: len(keep) if self.nothing else 1] = False
         index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(keep)]
         return Reduction(index, wanted.gather(1, index))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 9.0], ids=["some", "none"])
+@pytest.mark.parametrize("nothing", [False, True], ids=["some", "none"])
 @pytest.mark.parametrize("layer", [None, 1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_adaptive_counts(family, layer, threshold):
+def test_adaptive_counts(family, layer, nothing):
     """Ragged within a sample and over the batch, down to nothing; forward and a few greedy steps."""
     model, oracle, samples, steps = shared(family), pristine(family), mixed_batch(family), 3
-    with apply_pruner(model, Bright(layer, threshold), ratio=0.25) as handle:
+    with apply_pruner(model, Bright(layer, nothing), ratio=0.25) as handle:
         logits = model(**collate(samples)).logits
         out = model.generate(
             **collate(samples), max_new_tokens=steps, do_sample=False, suppress_tokens=SPECIAL, output_logits=True,
@@ -45,10 +48,56 @@ def test_adaptive_counts(family, layer, threshold):
         )  # fmt: skip
         report = handle.last
     counts = [len(image.kept) for image in report.images]
-    assert counts == [0] * 4 if threshold else any(counts)
+    assert counts == [0] * 4 if nothing else counts[0] == 0 and all(counts[1:])
     for number, sample in enumerate(samples):
         answer = out.sequences[number, -steps:].tolist()
         want = expect(oracle, sample.then(answer), of_sample(report, number)).logits
+        assert_close(logits[number, columns_of(samples, number)], want[: len(sample.ids)])
+        assert_close(torch.stack([step[number] for step in out.logits]), want[-steps - 1 : -1])
+
+
+@dataclass
+class Folding(Reducer):
+    """Keeps every third token or fewer and folds all others into the kept ones, unevenly; writes down what it did."""
+
+    layer: int | None = None
+    merges = True
+
+    @property
+    def site(self):
+        return "projected" if self.layer is None else f"decoder:{self.layer}"
+
+    def reduce(self, tokens, keep):
+        rows, n = tokens.mask.shape
+        most = max(keep)
+        slots = torch.arange(most).expand(rows, most)
+        source = torch.arange(n).expand(rows, n)
+        slot = source % torch.tensor(keep)[:, None]
+        weight = (1 + source % 5) / 7.0 * tokens.mask
+        scale = 0.5 + slots / 10.0
+        self.made = Reduction(slots, slots < torch.tensor(keep)[:, None], Merge(source, slot, weight, scale))
+        return self.made
+
+
+@pytest.mark.parametrize("layer", [None, 1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merging(family, layer):
+    """Forward and a few greedy steps with merged tokens, in a ragged batch."""
+    model, oracle, samples, steps = shared(family), pristine(family), mixed_batch(family), 3
+    method = Folding(layer)
+    with apply_pruner(model, method, ratio=0.7) as handle:
+        logits = model(**collate(samples)).logits
+        out = model.generate(
+            **collate(samples), max_new_tokens=steps, do_sample=False, suppress_tokens=SPECIAL, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        report = handle.last
+    merges = merges_of(report, [method.made])
+    assert len(merges) == 4
+    for number, sample in enumerate(samples):
+        answer = out.sequences[number, -steps:].tolist()
+        want = expect(oracle, sample.then(answer), of_sample(report, number), merges=merges).logits
         assert_close(logits[number, columns_of(samples, number)], want[: len(sample.ids)])
         assert_close(torch.stack([step[number] for step in out.logits]), want[-steps - 1 : -1])
 

@@ -7,12 +7,12 @@ import sys
 SCRIPT = """
 import json, sys, warnings, logging
 import torch
-hooks = [len(d) for d in (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)]
+hooks = [len(getattr(torch.nn.modules.module, f"_global_forward_{kind}")) for kind in ("hooks", "pre_hooks")]
 before = (hooks, list(warnings.filters), logging.root.handlers[:], torch.get_num_threads(), torch.is_grad_enabled())
 modules = set(sys.modules)
 import prune
 prune.list_methods()
-hooks = [len(d) for d in (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)]
+hooks = [len(getattr(torch.nn.modules.module, f"_global_forward_{kind}")) for kind in ("hooks", "pre_hooks")]
 after = (hooks, list(warnings.filters), logging.root.handlers[:], torch.get_num_threads(), torch.is_grad_enabled())
 print(json.dumps([before == after, sorted({m.partition(".")[0] for m in set(sys.modules) - modules})]))
 """

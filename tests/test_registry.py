@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from prune import (
+    Budget,
     Compose,
     ConfigError,
     Scorer,
@@ -93,3 +94,14 @@ def test_compose_refuses_descending_sites_and_single_members():
         Compose(FastV(), Random())
     with pytest.raises(ConfigError, match="at least two"):
         Compose(FastV())
+
+
+def test_compose_positions_and_budgets():
+    divprune, fastv = get_method("divprune"), FastV(layer=2)
+    assert Compose(divprune, fastv).positions == "original"
+    own = Compose(Random(), fastv, budgets=[Budget(keep=8), Budget(keep=4)])
+    assert own.kept(16, None) == 4
+    with pytest.raises(ConfigError, match="budgets of its own"):
+        Compose(own, FastV(layer=3))
+    with pytest.raises(ConfigError, match="per member"):
+        Compose(Random(), fastv, budgets=[Budget(flops=0.5), Budget(keep=4)])

@@ -1,11 +1,13 @@
 """`handle.last` tells what happened, and budgets are met through a real model."""
 
+from dataclasses import dataclass
+
 import pytest
 import tiny
 import torch
 from tiny import Image, Sample, collate
 
-from prune import Budget, Compose, apply_pruner, get_method
+from prune import Budget, Compose, ConfigError, Method, Site, Stage, apply_pruner, get_method
 
 FAMILY = "qwen2_5_vl"
 
@@ -106,3 +108,24 @@ def test_a_failed_forward_leaves_the_last_report():
 def test_text_form_names_counts_and_costs():
     text = str(report("fastv", keep=3))
     assert "FastV(layer=2) (keep=3)" in text and "16 -> 3 visual tokens (decoder:2)" in text and "KV" in text
+
+
+def test_flops_of_many_equal_images_do_not_all_round_the_same_way():
+    sample = Sample("llava", [item for _ in range(8) for item in (Image(0), 1)] + [4])
+    with apply_pruner(tiny.shared("llava"), "random", flops=0.5) as handle, torch.no_grad():
+        tiny.shared("llava")(**collate([sample]))
+        last = handle.last
+    assert abs(last.flops[0] / last.flops_full[0] - 0.5) < 0.005
+    assert {len(image.kept) for image in last.images} <= {min(k := [len(i.kept) for i in last.images]), max(k)}
+
+
+def test_sites_that_move_are_refused():
+    @dataclass
+    class Moving(Method):
+        name = "moving"
+
+        def plan(self, geometry, keep):
+            return (Stage(Site.parse(f"decoder:{1 if keep > 5 else 2}"), get_method("random"), keep),)
+
+    with apply_pruner(tiny.shared("llava"), Moving(), keep=4), pytest.raises(ConfigError, match="geometry.layers"):
+        tiny.shared("llava")(**collate([Sample("llava", [2, Image(0), 3])]))

@@ -86,7 +86,8 @@ def _shared(*key: str) -> nn.Module:
         with torch.no_grad():  # transformers installs hooks of its own when outputs are first recorded, and leaves them
             model(**inputs, output_hidden_states=True)
         _SHARED[key] = model, fingerprint(model)
-    _USED.add(key)
+    if key[0] == "pruned":
+        _USED.add(key)
     return _SHARED[key][0]
 
 
