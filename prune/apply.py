@@ -33,7 +33,7 @@ def apply_pruner(
 
     Args:
         model: a Hugging Face image-text-to-text model (see the README for the families), PEFT-wrapped or not.
-        method: a registered name (`list_methods()`), or a method object such as `FastV(layer=3)` or `Compose(...)`.
+        method: a registered name (`list_methods()`), or a method object (`get_method(...)`, `Compose(...)`).
         ratio, keep, average, flops: the budget, exactly one of them; see `Budget`. `ratio` is the share REMOVED.
         positions: "original" (kept tokens keep their position ids, gaps stay) or "compact" (renumbered without gaps;
             for methods that act before the decoder only). None takes the method's own.

@@ -20,7 +20,7 @@ class Compose(Method):
     all members act before the decoder and want them so, else "original".
 
     Example:
-        >>> apply_pruner(model, Compose(DivPrune(), FastV(layer=8)), ratio=0.9)
+        >>> apply_pruner(model, Compose(get_method("divprune"), get_method("fastv", layer=8)), ratio=0.9)
 
     Args:
         members: methods in the order data meets them; their sites must ascend.
@@ -37,7 +37,7 @@ class Compose(Method):
 
     def __init__(self, *members: Method, budgets: Sequence[Budget] | None = None):
         if len(members) < 2 or not all(isinstance(member, Method) for member in members):
-            raise ConfigError("Compose wants at least two method objects, such as Compose(DivPrune(), FastV())")
+            raise ConfigError("Compose wants at least two method objects, such as two get_method(...)")
         sites = [site for member in members for site in member.sites()]
         if any(a >= b for a, b in zip(sites, sites[1:])):
             raise ConfigError(f"the sites of composed methods must ascend, got {', '.join(map(str, sites))}")
