@@ -114,6 +114,7 @@ def engine(
     batch: int = typer.Option(1, help="Batch size."),
     ratio: float = typer.Option(0.889, help="Share of visual tokens removed."),
     rounds: int = typer.Option(20, help="Measured rounds."),
+    threads: int = typer.Option(0, help="CPU threads; 0: as torch chooses. On a busy machine 1 is steadier."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     as_json: bool = typer.Option(False, "--json", help="One JSON object per row."),
 ) -> None:
@@ -122,6 +123,8 @@ def engine(
     The image is encoded before the clock starts, so all cases time the decoder (and, when pruned, the selection).
     `random` shows the engine's own overhead, the other methods add their scoring.
     """
+    if threads:
+        torch.set_num_threads(threads)
     model = llava(width, layers, device, torch.float32)
     side = torch.arange(text // 2, device=device)
     ids = torch.cat([side + 3, torch.full((576,), 1000, device=device), side + 99]).expand(batch, -1)
@@ -150,9 +153,14 @@ def engine(
     rows = [_row(name, times[name], times, case.full_layers / layers) for name, case in cases.items()]
     if as_json:
         for row in rows:
-            print(json.dumps({**asdict(row), "batch": batch, "kept": kept, "device": device}))
+            print(
+                json.dumps(
+                    {**asdict(row), "batch": batch, "kept": kept, "device": device, "threads": torch.get_num_threads()}
+                )
+            )
         return
-    note = f"576 -> {kept} visual + {text} text tokens, width {width}, {layers} layers, batch {batch}, {device}"
+    model_note = f"width {width}, {layers} layers, batch {batch}, {device}, {torch.get_num_threads()} threads"
+    note = f"576 -> {kept} visual + {text} text tokens, {model_note}"
     _print(rows, note)
 
 
