@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from matrix import ENGINE, engine_cells
-from reference import assert_close, expect, merges_of, of_sample
-from tiny import FAMILIES, SPECIAL, Image, Sample, collate, columns_of, mixed_batch, pristine, shared
+from reference import assert_close, expect, merges_of, of_sample, trace
+from tiny import FAMILIES, SPECIAL, Image, Sample, collate, columns_of, mixed_batch, pristine, shared, with_positions
 
 from prune import Merge, Reducer, Reduction, apply_pruner
 
@@ -148,3 +148,29 @@ def test_deterministic(row, family):
     model, inputs = shared(family), collate(mixed_batch(family))
     with row.attach(model):
         assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@engine_cells(families=("llava", "qwen2_5_vl"))
+@pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+@torch.no_grad()
+def test_rows_of_a_pruned_cache_can_be_moved(row, family, how):
+    """Ragged rows are swapped, dropped or doubled; each goes on as the conversation it is."""
+    model, oracle = shared(family), pristine(family)
+    samples = [Sample(family, [4, Image(0), 6], 1), Sample(family, [3, Image(1), 4, Image(2), 9], 2)]
+    inputs = collate(samples)
+    numbers = [trace(oracle, collate([sample.then([44])])).positions[:, -1] for sample in samples]
+    with row.attach(model) as handle:
+        cache = model(**with_positions(inputs)).past_key_values
+        report = handle.last
+        argument, rows = {
+            "reorder_cache": (torch.tensor([1, 0]), [1, 0]),
+            "batch_select_indices": (torch.tensor([1]), [1]),
+            "batch_repeat_interleave": (2, [0, 0, 1, 1]),
+        }[how]
+        getattr(cache, how)(argument)
+        ids = torch.stack([numbers[number] for number in rows], 1)[..., None]
+        step = {"input_ids": torch.full((len(rows), 1), 44), "position_ids": ids if len(ids) == 3 else ids[0]}
+        logits = model(**step, past_key_values=cache).logits
+    for place, number in enumerate(rows):
+        want = expect(oracle, samples[number].then([44]), of_sample(report, number), row.policy).logits
+        assert_close(logits[place, -1], want[-1])

@@ -25,8 +25,9 @@ from tiny import (
     pristine,
     shared,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prune import Budget, apply_pruner, get_handle
+from prune import Budget, InputError, apply_pruner, get_handle
 
 
 def _sample(family, seed=1):
@@ -94,6 +95,9 @@ def _zero(name):
     return name.endswith("k_proj.bias")
 
 
+HOOKS_ARE_REPLAYED = "__call__" in vars(GradientCheckpointingLayer)  # transformers 5.16: hooks lie inside the replay
+
+
 @engine_cells()
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointing", "reentrant"])
 def test_gradients(row, family, reentrant):
@@ -106,14 +110,20 @@ def test_gradients(row, family, reentrant):
         for number, sample in enumerate(samples):
             want = expect(oracle, sample, of_sample(report, number), row.policy)
             (want.logits[want.first :] ** 2).sum().backward()
+        for name, parameter in oracle.named_parameters():
+            if parameter.grad is not None and not _zero(name):
+                assert_close(plain[name], parameter.grad)
         model.zero_grad()
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # the name in 5.16 too
         model.enable_input_require_grads()
+        if HOOKS_ARE_REPLAYED and (row in (DECODER, TWO_STAGE) or family == "qwen3_vl"):
+            with pytest.raises(InputError, match="gradient checkpointing in this version"):
+                _gradients(model, samples)
+            return
         again = _gradients(model, samples)
-    for name, parameter in oracle.named_parameters():
-        if parameter.grad is not None and not _zero(name):
-            assert_close(plain[name], parameter.grad)
+    for name in plain:
+        if not _zero(name):
             assert_close(again[name], plain[name])
 
 

@@ -108,6 +108,22 @@ def test_signals_after_an_earlier_cut():
     assert_close(probe.seen.last_token_attention[0], want.attention[1][:, -1, slots].mean(0))
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "internvl"])
+def test_attention_over_a_cached_first_turn(family):
+    """In a later turn the attention is shared with all that the cache holds."""
+    model, sample, probe = shared(family), Sample(family, [7], 1), Probe(2)
+    second = Sample(family, [2, Image(0), 5], 2)
+    with apply_pruner(model, probe, keep=3):
+        cache = model(**collate([sample]), use_cache=True).past_key_values
+        inputs = collate([second])
+        del inputs["attention_mask"]
+        model(**inputs, past_key_values=cache)
+    whole, oracle = sample.then(second), pristine(family, "eager")
+    want = expect(oracle, whole)
+    span = places(oracle, whole, trace(oracle, collate([whole])).embeds)[0]
+    assert_close(probe.seen.last_token_attention[0], want.attention[1][:, -1, span].mean(0))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fastv_keeps_the_most_attended(family):
     model, oracle, samples = shared(family), pristine(family, "eager"), mixed_batch(family)
@@ -122,15 +138,16 @@ def test_fastv_keeps_the_most_attended(family):
 
 
 # --------------------------------------------------------------------------------------------------------- layouts
+@pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_coordinates(family):
+def test_coordinates(family, generate):
     """(tile, frame, row, column) of every token, counted off by hand."""
     oracle, model = pristine(family), shared(family)
     samples = mixed_batch(family)
     if family in VIDEO_FAMILIES:
         samples.append(Sample(family, [5, Image(1), 2, Video(), 3], 5))
     with apply_pruner(model, "random", keep=2) as handle:
-        model(**collate(samples))
+        model.generate(**collate(samples), max_new_tokens=1) if generate else model(**collate(samples))
         report = handle.last
     for number, sample in enumerate(samples):
         embeds = trace(oracle, collate([sample])).embeds
