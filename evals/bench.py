@@ -152,12 +152,9 @@ def engine(
         times = paired(cases, rounds)
     rows = [_row(name, times[name], times, case.full_layers / layers) for name, case in cases.items()]
     if as_json:
+        setting = {"batch": batch, "kept": kept, "device": device, "threads": torch.get_num_threads()}
         for row in rows:
-            print(
-                json.dumps(
-                    {**asdict(row), "batch": batch, "kept": kept, "device": device, "threads": torch.get_num_threads()}
-                )
-            )
+            print(json.dumps({**asdict(row), **setting}))
         return
     model_note = f"width {width}, {layers} layers, batch {batch}, {device}, {torch.get_num_threads()} threads"
     note = f"576 -> {kept} visual + {text} text tokens, {model_note}"
