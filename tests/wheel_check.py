@@ -18,6 +18,9 @@ tops = {file.parts[0] for file in files("prune-vlm") if ".." not in file.parts}
 assert {top for top in tops if not top.endswith(".dist-info")} == {"prune"}, tops
 for name in ("prune.adapters", "prune.evals", "prune.kernels", "prune.reducers"):
     importlib.import_module(name)
+from prune.evals.scenes_model import CHECKPOINT  # noqa: E402
+
+assert (Path(CHECKPOINT) / "model.safetensors").stat().st_size > 1_000_000
 listed = json.loads(subprocess.run(["prune", "list", "--json"], capture_output=True, text=True, check=True).stdout)
 assert {"random", "uniform", "dart", "fastv", "divprune"} <= {row["name"] for row in listed}
 subprocess.run(["prune", "show", "--method", "divprune", "-o", "wheel.png"], check=True, stdout=sys.stderr)
