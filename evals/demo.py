@@ -11,6 +11,7 @@ what attention-based methods prefer is arbitrary.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -118,51 +119,27 @@ def _clip_config() -> dict:
     }
 
 
-def _llava():
-    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+def _clip_llava(name: str):
+    """LLaVA-1.5 ("Llava", one crop) or LLaVA-NeXT ("LlavaNext", tiles): the same sizes, other classes."""
+    import transformers
 
     tokenizer = _tokenizer()
-    config = LlavaConfig(
+    config = getattr(transformers, f"{name}Config")(
         vision_config=_clip_config(),
         text_config={"model_type": "llama", **_text_config(tokenizer)},
         image_token_index=tokenizer.image_token_id,
         image_seq_length=576,
     )
-    processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+    images = transformers.LlavaNextImageProcessor if name == "LlavaNext" else transformers.CLIPImageProcessor
+    processor = getattr(transformers, f"{name}Processor")(
+        images(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=_CHAT.replace("IMAGE_SLOT", IMAGE),
     )
-    return LlavaForConditionalGeneration(config), processor
-
-
-def _llava_next():
-    from transformers import (
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        LlavaNextImageProcessor,
-        LlavaNextProcessor,
-    )
-
-    tokenizer = _tokenizer()
-    config = LlavaNextConfig(
-        vision_config=_clip_config(),
-        text_config={"model_type": "llama", **_text_config(tokenizer)},
-        image_token_index=tokenizer.image_token_id,
-        image_seq_length=576,
-    )
-    processor = LlavaNextProcessor(
-        LlavaNextImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_CHAT.replace("IMAGE_SLOT", IMAGE),
-    )
-    return LlavaNextForConditionalGeneration(config), processor
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
 def _qwen2_5_vl():
@@ -200,4 +177,8 @@ def _qwen2_5_vl():
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-DEMOS = {"llava": _llava, "llava-next": _llava_next, "qwen2.5-vl": _qwen2_5_vl}
+DEMOS = {
+    "llava": partial(_clip_llava, "Llava"),
+    "llava-next": partial(_clip_llava, "LlavaNext"),
+    "qwen2.5-vl": _qwen2_5_vl,
+}

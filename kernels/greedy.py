@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .compaction import take
 from .similarity import EPS, cosine_reduce, dot, unit
 from .topk import host_counts, to_device
 
@@ -41,7 +42,7 @@ def farthest_point(
     Raises:
         ValueError: a count is negative, or there is not one per row.
     """
-    rows, n, width = x.shape
+    rows, n, _ = x.shape
     counts = host_counts(k, rows)
     if mask is None:
         mask = torch.ones(rows, n, dtype=torch.bool, device=x.device)
@@ -54,7 +55,7 @@ def farthest_point(
         order[:, step : step + 1] = pick
         closed.scatter_(1, pick, True)
         # No matrix product, so that equal tokens are equally far.
-        distance = _distance(dot(x, x.gather(1, pick[..., None].expand(-1, -1, width))))
+        distance = _distance(dot(x, take(x, pick)))
         score = distance if step == 0 else torch.minimum(score, distance)
     limit = torch.minimum(to_device(counts, x.device), mask.sum(1))
     valid = torch.arange(order.shape[1], device=x.device) < limit[:, None]

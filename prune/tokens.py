@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prune.kernels.compaction import take
+
 
 @dataclass
 class VisualTokens:
@@ -94,15 +96,11 @@ class Reduction:
 
     def apply(self, features: Tensor) -> Tensor:
         """The kept features `[B, K, D]` of `[B, N, D]`, merged in fp32 if asked for, in the input's dtype."""
-        kept = _gather(features, self.keep)
+        kept = take(features, self.keep)
         if self.merge is None:
             return kept
         merge = self.merge
         out = kept.float() if merge.scale is None else kept.float() * merge.scale[..., None]
-        folded = _gather(features, merge.source).float() * merge.weight[..., None]
+        folded = take(features, merge.source).float() * merge.weight[..., None]
         index = merge.slot[..., None].expand_as(folded)
         return out.scatter_add(1, index, folded).to(features.dtype)
-
-
-def _gather(features: Tensor, index: Tensor) -> Tensor:
-    return features.gather(1, index[..., None].expand(*index.shape, features.shape[-1]))

@@ -11,16 +11,9 @@ from prune.adapters.families import SIGNAL_DECODERS
 
 
 def llava(text_config):
-    vision = hf.CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        image_size=16,
-        patch_size=4,
-        projection_dim=24,
+    config = hf.LlavaConfig(
+        vision_config=tiny.shared("llava").config.vision_config, text_config=text_config, image_token_index=tiny.IMAGE
     )
-    config = hf.LlavaConfig(vision_config=vision, text_config=text_config, image_token_index=tiny.IMAGE)
     model = hf.LlavaForConditionalGeneration(config)
     tiny._fill(model, 0)
     return model.eval()

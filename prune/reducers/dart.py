@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prune.errors import ConfigError
 from prune.kernels import dot, topk_indices, topk_mask, unit
+from prune.kernels.compaction import take
 from prune.method import Reducer
 from prune.registry import register
 from prune.tokens import Reduction, VisualTokens
@@ -80,14 +81,14 @@ def dart(
     image_counts = [min(count, image_pivots) for count in keep]
     image, image_valid = topk_indices(norm, image_counts, tokens.mask)
     text, text_valid = topk_indices(text_norm, min(text_pivots, text_norm.shape[1]), tokens.text_mask)
-    pivots = torch.cat([_rows(tokens.normed_features, image), _rows(tokens.normed_text, text)], 1)
+    pivots = torch.cat([take(tokens.normed_features, image), take(tokens.normed_text, text)], 1)
     valid = torch.cat([image_valid, text_valid], 1)
 
     if pivot_order == "authors":
         columns = torch.cat([tokens.columns.gather(1, image), tokens.text_columns.gather(1, text)], 1)
         pivot_norm = torch.cat([norm.gather(1, image), text_norm.gather(1, text)], 1)
         order = set_order(columns, pivot_norm, valid, image.shape[1])
-        pivots, valid = _rows(pivots, order), valid.gather(1, order)
+        pivots, valid = take(pivots, order), valid.gather(1, order)
 
     features, pivots = unit(tokens.normed_features), unit(pivots)
     taken = topk_mask(norm, image_counts, tokens.mask)
@@ -120,7 +121,3 @@ def set_order(columns: Tensor, norm: Tensor, valid: Tensor, image_pivots: int) -
         order = [slot_of[column] for column in {row[p] for p in slots}]
         permutation.append(order + [p for p in range(len(row)) if not real[p]])
     return torch.tensor(permutation, dtype=torch.int64).view(columns.shape).to(columns.device)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
