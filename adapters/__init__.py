@@ -8,10 +8,14 @@ from prune.adapters.engine import Engine, attached
 from prune.adapters.families import FAMILIES, SIGNAL_DECODERS, Family
 from prune.adapters.signals import CAPTURES
 from prune.adapters.structure import Parts, find_parts
+from prune.adapters.tower import tower_of
 from prune.budget import Budget
 from prune.errors import AlreadyAttachedError, ConfigError, UnsupportedMethodError
-from prune.method import Method
+from prune.method import Method, Stage
 from prune.registry import list_methods
+
+IN_DECODER = {*CAPTURES, "entry_attention", "transition"}
+"""Signals that exist only after a decoder layer, or at its input."""
 
 __all__ = ["FAMILIES", "Engine", "Family", "attach", "attached"]
 
@@ -33,12 +37,13 @@ def _check(parts: Parts, method: Method, positions: str) -> None:
     """Refuse what would fail later.
 
     Raises:
-        ConfigError: a site outside the decoder, "compact" positions inside it.
+        ConfigError: a site outside the decoder, "compact" positions inside it, a layer out of range.
         UnsupportedMethodError: a site or signal this model has not got.
     """
     layers, works = len(parts.layers), ", ".join(list_methods(signals=set()))
-    for stage in method.plan(parts.geometry(100), 10):
-        site, signals = stage.site, [name for name in stage.reducer.signals if name in CAPTURES]
+    stages = method.plan(parts.geometry(100), 10)
+    for stage in stages:
+        site, signals = stage.site, [name for name in stage.reducer.signals if name in IN_DECODER]
         if site.kind not in ("projected", "decoder"):
             raise UnsupportedMethodError(f"{stage.reducer.name} acts at {site}, which the engine does not serve yet")
         if site.kind == "decoder" and site.layer >= layers:
@@ -48,6 +53,8 @@ def _check(parts: Parts, method: Method, positions: str) -> None:
                 f"{stage.reducer.name} reads {', '.join(signals)} of the decoder layer before {site}, and there is "
                 f"none; use layer>=1, or a method that needs no signal: {works}"
             )
+        if "transition" in signals:
+            _check_transition(stage, layers)
         if positions == "compact" and site.kind == "decoder":
             raise ConfigError(
                 f'positions="compact" needs all pruning before the decoder, and {stage.reducer.name} acts at {site}; '
@@ -59,3 +66,15 @@ def _check(parts: Parts, method: Method, positions: str) -> None:
                 f"{stage.reducer.name} reads {', '.join(signals)}, which is known to be right for the decoders "
                 f"{', '.join(SIGNAL_DECODERS)} only, not for {kind!r}; methods that need no signal: {works}"
             )
+    tower_of(parts, stages, None)
+
+
+def _check_transition(stage: Stage, layers: int) -> None:
+    wanted = stage.reducer.transition_layers
+    if any(not 0 <= layer < layers for layer in wanted):
+        raise ConfigError(f"transition_layers={wanted} are out of range: this decoder has layers 0 to {layers - 1}")
+    if not any(layer < stage.site.layer for layer in wanted):
+        raise ConfigError(
+            f"{stage.reducer.name} reads the transition of layers {wanted}, and none of them runs before {stage.site}; "
+            "give transition_layers below it"
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from prune.adapters.cache import Ledger
+from prune.adapters.images import Found
 from prune.adapters.masks import CallerMask
 from prune.adapters.planner import Cut
 from prune.adapters.record import Record
@@ -44,6 +45,7 @@ class Call:
         deepstack: `[B, L, D]` features to be added after layer 0, 1, ... (Qwen3-VL).
         delta: `[A, B]` shift of later position ids ("compact" positions).
         record: becomes the engine's when the forward succeeds.
+        found: the images, until the signals of the vision encoder are known (transformers < 5.18: in this very call).
     """
 
     visual: Visual | None = None
@@ -65,3 +67,4 @@ class Call:
     deepstack: list[Tensor] = field(default_factory=list)
     delta: Tensor | None = None
     record: Record | None = None
+    found: Found | None = None

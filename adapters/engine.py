@@ -7,6 +7,8 @@ Hooks, in the order a forward meets them:
     layer i  pre   cuts at layer i; hands the layer the mask and rotary tables of its own, shorter sequence
     decoder  post  gives the hidden states the caller's length again; writes the ledger to the cache
 
+Methods that read the vision encoder or the work of single modules add hooks there (`tower`, `transition`).
+
 What one call needs lives in its `Call`, what a conversation needs in the `Ledger` on its cache: no globals, so threads
 do not meet and an exception leaves nothing behind. Every hook returns None - touches nothing - in a call that has no
 images and no pruned cache.
@@ -21,14 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from prune.adapters import cache as caches
+from prune.adapters import layouts
 from prune.adapters.call import CALL, Call, Slots
-from prune.adapters.images import SHAPES, Found, find_images, keep_shapes
+from prune.adapters.images import SHAPES, Found, find_images, keep_shapes, tower_signals
 from prune.adapters.masks import gather_custom, take_apart
 from prune.adapters.planner import Cut, check_question, plan
 from prune.adapters.positions import last_valid, renumber, shift
 from prune.adapters.record import Record, bytes_per_value
+from prune.adapters.shown import Shown
 from prune.adapters.signals import LayerInput, capture
 from prune.adapters.structure import Parts
+from prune.adapters.tower import tower_of
+from prune.adapters.transition import Transition
 from prune.adapters.visual import Running, locate
 from prune.budget import Budget
 from prune.errors import InputError, UnsupportedModelError
@@ -41,14 +47,18 @@ class Engine:
 
     def __init__(self, parts: Parts, method: Method, budget: Budget | None, positions: str):
         self.parts, self.method, self.budget, self.positions = parts, method, budget, positions
-        sites = method.sites(len(parts.layers))
+        sites, stages = method.sites(len(parts.layers)), method.plan(parts.geometry(100), 10)
         self.bounds = tuple(dict.fromkeys(depth(site) for site in sites if depth(site) > 0))
         # layer -> signals to take at its input for the cut at the next one
         self.captures = {
             depth(stage.site) - 1: stage.reducer.signals
-            for stage in method.plan(parts.geometry(100), 10)
+            for stage in stages
             if stage.reducer.signals and depth(stage.site) > 0
         }
+        self.tower = tower_of(parts, stages, self)
+        layers = {n for s in stages if "transition" in s.reducer.signals for n in s.reducer.transition_layers}
+        self.transition = Transition(parts.layers, layers)
+        self.inputs_wanted = any("inputs" in stage.reducer.signals for stage in stages)
         self.signature = f"{method!r} with {positions} positions"
         self.enabled = True
         self.visual_mask: Tensor | None = None
@@ -66,9 +76,12 @@ class Engine:
         if set(SHAPES) & set(inspect.signature(parts.tower.forward).parameters):
             hooks.append(parts.tower.register_forward_pre_hook(drop_call, with_kwargs=True))
             hooks.append(parts.tower.register_forward_hook(keep_shapes, with_kwargs=True))
+        if self.tower is not None:
+            hooks += self.tower.attach()
         hooks.append(parts.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
         for index, layer in enumerate(parts.layers):
             hooks.append(layer.register_forward_pre_hook(partial(self.before_layer, index), with_kwargs=True))
+        hooks += self.transition.attach()
         hooks.append(parts.decoder.register_forward_hook(self.after_decoder, with_kwargs=True))
         return self
 
@@ -107,11 +120,17 @@ class Engine:
         call.placeholder, valid = found.placeholder, call.caller.new
         if self.method.needs_question:
             check_question(self.method, call.placeholder, valid)
-        call.visual = locate(found.groups, self.method.newlines)
+        tiled = self.parts.family.image is not layouts.anyres
+        call.visual = locate(found.groups, self.method.newlines, tiled)
         if not call.caller.new_full and bool((call.placeholder & ~valid).any()):
             call.visual.hide(valid)
         for cut in plan(self.parts, self.method, self.budget, call.visual, valid):
             call.cuts.setdefault(depth(cut.site), []).append(cut)
+        if call.cuts and self.tower is not None:
+            if self.parts.encodes_first:
+                call.visual.add_tower(tower_signals(self.parts, found, self.tower.keys))
+            else:
+                call.found = found
         size = bytes_per_value(self.parts.decoder.dtype)
         call.record = Record(self.method, self.budget, call.visual, valid, self.parts.geometry(0), size)
 
@@ -184,6 +203,8 @@ class Engine:
         new = call.caller.new
         ordinal = new.cumsum(1) - 1
         call.run = Running(columns, ordinal, new, call.caller.new_full, placeholder.to(device), call.visual)
+        if self.inputs_wanted:
+            call.run.inputs = kwargs["inputs_embeds"].detach()
         deepstack = kwargs.get("deepstack_visual_embeds")
         deepstack = [] if deepstack is None else deepstack
         if self.parts.replays_hooks and (len(deepstack) or any(call.cuts.get(bound) for bound in self.bounds)):
@@ -215,6 +236,9 @@ class Engine:
 
     def _cut_before_decoder(self, call: Call, kwargs: dict) -> None:
         run, cache, embeds = call.run, kwargs.get("past_key_values"), kwargs["inputs_embeds"]
+        if call.found is not None:
+            call.found.encoded = self.tower.collected(call.found.requests)
+            call.visual.add_tower(tower_signals(self.parts, call.found, self.tower.keys, embeds))
         for cut in call.cuts.get(0, ()):
             embeds = self._cut(call, cut, embeds)
         call.ends.append(Slots(run.columns, run.valid, run.full))
@@ -243,8 +267,7 @@ class Engine:
             kwargs["attention_mask"] = None if spare else valid.long()
 
     def _cut(self, call: Call, cut: Cut, hidden: Tensor) -> Tensor:
-        norm = getattr(self.parts.decoder, "norm", None)
-        hidden, source = call.run.cut(hidden, cut.site, cut.reducer, cut.keep, norm)
+        hidden, source = call.run.cut(hidden, cut.site, cut.reducer, cut.keep, partial(Shown, self.parts))
         call.deepstack = [take(features, source) for features in call.deepstack]
         if call.rope is not None:
             call.rope = tuple(take(table, source, dim=table.dim() - 2) for table in call.rope)
@@ -275,7 +298,9 @@ class Engine:
             if call.group:
                 kwargs["attention_mask"] = self._group_mask(call, index, kwargs)
         if index in self.captures and call.cuts.get(index + 1):
-            self._capture(call, index, module, kwargs)
+            call.run.signals = self._capture(call, self.captures[index], index, module, kwargs)
+        if index in self.transition.indices and any(bound > index for bound in call.cuts):
+            self.transition.begin(call.run)
         return (kwargs.pop("hidden_states"),), kwargs  # by position: gradient checkpointing looks for it there
 
     def _cross(self, call: Call, index: int, kwargs: dict) -> None:
@@ -288,6 +313,10 @@ class Engine:
         if cuts and call.rope is None:
             call.rope = kwargs["position_embeddings"]
         for cut in cuts:
+            if "entry_attention" in cut.reducer.signals:
+                entering = {**kwargs, "position_embeddings": call.rope}
+                found = self._capture(call, ("attention",), index, self.parts.layers[index], entering)
+                call.run.signals["entry_attention"] = found["attention"]
             kwargs["hidden_states"] = self._cut(call, cut, kwargs["hidden_states"])
         call.ends.append(Slots(call.run.columns, call.run.valid, call.run.full))
 
@@ -318,7 +347,7 @@ class Engine:
             )
         return call.mask[0]
 
-    def _capture(self, call: Call, index: int, module: nn.Module, kwargs: dict) -> None:
+    def _capture(self, call: Call, names: tuple[str, ...], index: int, module: nn.Module, kwargs: dict) -> dict:
         at = LayerInput(
             layer=module,
             index=index,
@@ -329,7 +358,7 @@ class Engine:
             past_valid=self._validity(call, call.group)[0][:, : -call.run.valid.shape[1]],
             cache=kwargs.get("past_key_values"),
         )
-        call.run.signals = capture(self.captures[index], at)
+        return capture(names, at)
 
     # ------------------------------------------------------------------------------------------ decoder, post
     def after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):

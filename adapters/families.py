@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prune.adapters import layouts
+from prune.adapters import layouts, packing
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Family:
         model_types: `config.model_type` of its members.
         image, video: layout functions of `prune.adapters.layouts`; None if the family has no such input.
         example: a hub model.
+        pack_image, pack_video: functions of `prune.adapters.packing` that bring signals of the tower into the order
+            of the tokens.
     """
 
     name: str
@@ -24,17 +26,21 @@ class Family:
     image: Callable
     video: Callable | None = None
     example: str = ""
+    pack_image: Callable = packing.plain
+    pack_video: Callable = packing.plain
 
 
 FAMILIES = (
     Family("LLaVA-1.5", ("llava",), layouts.square, None, "llava-hf/llava-1.5-7b-hf"),
-    Family("LLaVA-NeXT", ("llava_next",), layouts.anyres, None, "llava-hf/llava-v1.6-mistral-7b-hf"),
+    Family("LLaVA-NeXT", ("llava_next",), layouts.anyres, None, "llava-hf/llava-v1.6-mistral-7b-hf", packing.anyres),
     Family(
         "LLaVA-NeXT-Video",
         ("llava_next_video",),
         layouts.anyres,
         layouts.pooled_frames,
         "llava-hf/LLaVA-NeXT-Video-7B-hf",
+        packing.anyres,
+        packing.pooled,
     ),
     Family(
         "LLaVA-OneVision",
@@ -42,6 +48,8 @@ FAMILIES = (
         layouts.anyres,
         layouts.pooled_frames,
         "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        packing.anyres,
+        packing.pooled,
     ),
     Family("Qwen2-VL", ("qwen2_vl",), layouts.native, layouts.native, "Qwen/Qwen2-VL-7B-Instruct"),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), layouts.native, layouts.native, "Qwen/Qwen2.5-VL-7B-Instruct"),
@@ -63,6 +71,37 @@ SIGNAL_DECODERS = (
 )
 """`config.model_type` of the decoders whose layers `prune.adapters.signals` can read: pre-norm, separate q/k/v
 projections, rotary embedding of the whole head in two halves, no soft-capping. Checked against eager attention."""
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """How a vision encoder is built, as far as `prune.adapters.tower` reads it.
+
+    Args:
+        layers, attention: paths of the list of layers, and of the attention module in a layer.
+        cls: whether a CLS token comes first.
+        joined: how several patches become one token: "" (they do not), "shuffle" (the model's pixel shuffle) or
+            "consecutive" (patches that follow each other).
+        norm: path of a norm between the last layer and the projector, applied where the projector reads that layer.
+    """
+
+    layers: str
+    attention: str
+    cls: bool = False
+    joined: str = ""
+    norm: str = ""
+
+
+SIGNAL_TOWERS = {
+    "clip_vision_model": TowerShape("encoder.layers", "self_attn", cls=True),
+    "siglip_vision_model": TowerShape("encoder.layers", "self_attn"),
+    "internvl_vision": TowerShape("encoder.layer", "attention", cls=True, joined="shuffle", norm="layernorm"),
+    "qwen2_vl_vision": TowerShape("blocks", "attn", joined="consecutive"),
+    "qwen2_5_vl_vision": TowerShape("blocks", "attn", joined="consecutive"),
+    "qwen3_vl_vision": TowerShape("blocks", "attn", joined="consecutive"),
+}
+"""`config.vision_config.model_type` of the towers whose signals `prune.adapters.tower` can take. Checked against eager
+attention."""
 
 UNKNOWN = Family("unknown", (), layouts.guessed, layouts.guessed)
 

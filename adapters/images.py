@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from prune.adapters.layouts import Request, guessed, layouts_of, repeat_shapes
+from prune.adapters.packing import PATCH, TILE
 from prune.adapters.structure import Parts
+from prune.adapters.tower import PROJECTED, SIGNALS_OF
 from prune.errors import InputError
 from prune.report import Layout
 
@@ -24,10 +26,14 @@ class Found:
     Args:
         groups: per modality its `[B, L]` placeholder mask and its layouts.
         kwargs: the call's keyword arguments, maybe with the images encoded already.
+        requests: by modality, what is known of the images.
+        encoded: by modality, the encoder's output, if there is one yet.
     """
 
     groups: list[tuple[Tensor, list[Layout]]]
     kwargs: dict
+    requests: dict[str, Request] = field(default_factory=dict)
+    encoded: dict[str, object] = field(default_factory=dict)
 
     @property
     def placeholder(self) -> Tensor:
@@ -75,7 +81,7 @@ def find_images(parts: Parts, kwargs: dict, visual_mask: Tensor | None) -> Found
     }
     if raw and parts.encodes_first and not encoded:
         kwargs, encoded = _encode(parts, kwargs, raw)
-    groups = []
+    groups, requests = [], {}
     for modality, mask in masks.items():
         features = encoded[modality].pooler_output if modality in encoded else None
         request = Request(parts.core, modality, mask, features, kwargs)
@@ -84,7 +90,48 @@ def find_images(parts: Parts, kwargs: dict, visual_mask: Tensor | None) -> Found
                 setattr(request, name, repeat_shapes(torch.as_tensor(shape), request.lengths, mask))
         layouts = early.get(modality) or layouts_of(getattr(parts.family, modality) or guessed, request)
         groups.append((mask, layouts))
-    return Found(groups, kwargs)
+        requests[modality] = request
+    return Found(groups, kwargs, requests, encoded)
+
+
+def tower_signals(parts: Parts, found: Found, keys: list, embeds: Tensor | None = None) -> dict:
+    """The captured signals of the vision encoder in the order of the call's placeholders, modality by modality.
+
+    Args:
+        keys: the signals that must be there.
+        embeds: `[B, L, D]` the decoder's inputs, where the encoder's features are not known otherwise.
+
+    Returns:
+        key -> `[placeholders, ...]`, see `prune.adapters.tower`; maybe with `packing.TILE` and `packing.PATCH`.
+
+    Raises:
+        InputError: the images were encoded by hand or before the pruner was attached, or from another layer than
+            the model's configuration says.
+    """
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        given = found.kwargs.get(name)
+        if given is not None and given != getattr(parts.core.config, name, None):
+            raise InputError(f"{name}={given!r} is not the model's own; set model.config.{name} before attaching")
+    parts_of: list[dict] = []
+    for (modality, request), (mask, layouts) in zip(found.requests.items(), found.groups):
+        output = found.encoded.get(modality)
+        signals = getattr(output, SIGNALS_OF, {})
+        if not set(keys) <= set(signals):
+            break
+        if request.features is None:
+            request.features = embeds[mask.to(embeds.device)].split([len(one.coordinates) for one in layouts])
+        pack = getattr(parts.family, f"pack_{modality}")
+        packed = pack(request, signals, getattr(output, PROJECTED, None))
+        places = torch.cat([one.coordinates for one in layouts])
+        device = next(iter(packed.values())).device
+        maps = {TILE: places[:, 0] + places[:, 1].clamp(min=0), PATCH: places[:, 2:]}
+        parts_of.append({**{key: x.to(device) for key, x in maps.items()}, **packed})
+    if not parts_of or len(parts_of) < len(found.groups):
+        raise InputError(
+            "the method reads the vision encoder, and these images were encoded without it; pass pixel_values (not "
+            "inputs_embeds), and do not re-use encoder outputs from before the pruner was attached or enabled"
+        )
+    return {key: torch.cat([one[key] for one in parts_of]) for key in parts_of[0]}
 
 
 def _user_given(parts: Parts, kwargs: dict, mask: Tensor | None) -> Found | None:
@@ -107,7 +154,8 @@ def _placeholders(parts: Parts, kwargs: dict, token: int) -> Tensor:
 
 def _shapes(kwargs: dict, encoded: dict, modality: str) -> dict:
     """What is known of the shapes of the images: grids in patches, or sizes in pixels."""
-    found = {"grid": kwargs.get(f"{modality}_grid_thw"), "sizes": kwargs.get("image_sizes")}
+    sizes = kwargs.get("image_sizes") if modality == "image" else None
+    found = {"grid": kwargs.get(f"{modality}_grid_thw"), "sizes": sizes}
     for key, attribute in zip(found, SHAPES.values()):
         if found[key] is None:
             found[key] = getattr(encoded.get(modality), attribute, None)

@@ -219,14 +219,21 @@ def layouts_of(layout: Callable[[Request], list[Layout]], request: Request) -> l
 
 
 def repeat_shapes(shapes: Tensor, lengths: list[int] | None, mask: Tensor) -> Tensor:
-    """Repeat the images' shapes the way `generate` repeats the features for beams and returned sequences.
-
-    The samples' groups of images are repeated, [A, B] -> [A, B, A, B]; the rows of the batch tell the groups
-    (synchronises; only when something was repeated).
-    """
+    """Repeat the images' shapes the way `generate` repeats the features for beams and returned sequences."""
     if lengths is None or len(lengths) == len(shapes) or len(lengths) % len(shapes):
         return shapes
-    times = len(lengths) // len(shapes)
+    return shapes[repeat_order(len(shapes), lengths, mask)]
+
+
+def repeat_order(count: int, lengths: list[int], mask: Tensor) -> list[int]:
+    """Which of `count` encoded images each of the `len(lengths)` images of a call is.
+
+    `generate` repeats the samples' groups of images, [A, B] -> [A, B, A, B]; the rows of the batch tell the groups
+    (synchronises; only when something was repeated).
+    """
+    times = len(lengths) // count
+    if times == 1:
+        return list(range(count))
     per_row = mask.sum(1).tolist()
     order, at, first = [], 0, 0
     for number, tokens in enumerate(per_row):
@@ -237,4 +244,4 @@ def repeat_shapes(shapes: Tensor, lengths: list[int] | None, mask: Tensor) -> Te
         order += range(first, first + images)
         at += images
         first += images if number % times == times - 1 else 0
-    return shapes[order]
+    return order

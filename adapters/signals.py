@@ -112,12 +112,31 @@ def _past_keys(cache, layer: int, length: int) -> Tensor | None:
     return stored[:, :, :length]
 
 
-CAPTURES = {"keys": keys, "values": values, "last_token_attention": last_token_attention}
+@dataclass
+class Projections:
+    """Queries `[B, L, H, d]`, keys and values `[B, L, H_kv, d]` of one layer, after RoPE, and the attention's scale."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+
+    def to(self, device: torch.device) -> Projections:
+        return Projections(*(x.to(device) for x in (self.queries, self.keys, self.values)), self.scale)
+
+
+def attention(at: LayerInput, normed: Tensor) -> Projections:
+    """All that attention over the new columns is made of. O(B L D^2)."""
+    queries = _rotate(_project(at.layer.self_attn, "q", normed), _tables(at))
+    return Projections(queries, keys(at, normed), values(at, normed), at.layer.self_attn.scaling)
+
+
+CAPTURES = {"keys": keys, "values": values, "last_token_attention": last_token_attention, "attention": attention}
 """Signals taken at the layer before the site."""
 
 
 @torch.no_grad()
-def capture(names: tuple[str, ...], at: LayerInput) -> dict[str, Tensor]:
+def capture(names: tuple[str, ...], at: LayerInput) -> dict[str, Tensor | Projections]:
     """The declared signals of one layer, every one with the sequence in dimension 1."""
     wanted = [name for name in names if name in CAPTURES]
     if not wanted:

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from prune.adapters.families import FAMILIES, Family, family_of
 from prune.budget import Geometry
@@ -44,6 +44,19 @@ class Parts:
         return "mm_encoder_outputs" in inspect.signature(self.core.forward).parameters
 
     @property
+    def projector(self) -> nn.Module | None:
+        """What maps features of the tower to the decoder's width, in rows of the patches of one token."""
+        return getattr(self.core, "multi_modal_projector", None) or getattr(self.tower, "merger", None)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """`[..., g * Dv]` -> `[..., D]`, through the projector (Qwen's wants the g patches as rows)."""
+        rows = rows.to(self.core.dtype)
+        if self.projector is getattr(self.tower, "merger", None):
+            flat = self.projector(rows.reshape(-1, rows.shape[-1] // self.tower.spatial_merge_size**2))
+            return flat.view(*rows.shape[:-1], -1)
+        return self.projector(rows)
+
+    @property
     def replays_hooks(self) -> bool:
         """Whether gradient checkpointing is on and would run the hooks of a decoder layer again in the backward pass
         (transformers whose `GradientCheckpointingLayer` wraps `__call__`)."""
@@ -63,7 +76,20 @@ class Parts:
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            **self._tower_sizes,
         )
+
+    @cached_property
+    def _tower_sizes(self) -> dict[str, int]:
+        vision = getattr(self.tower, "config", None)
+        convolutions = (m for m in self.tower.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+        linear = [] if self.projector is None else [m for m in self.projector.modules() if isinstance(m, nn.Linear)]
+        return {
+            "tower_width": next((m.out_channels for m in convolutions), 0),
+            "tower_heads": getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None) or 1,
+            "tower_features": linear[0].in_features if linear else 0,
+            "projector_flops": sum(2 * m.in_features * m.out_features for m in linear),
+        }
 
 
 def find_parts(model: nn.Module) -> Parts:

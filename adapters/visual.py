@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from prune.adapters.packing import PATCH, TILE
 from prune.kernels.compaction import compact, take
 from prune.method import Reducer, Site
 from prune.report import Layout
-from prune.tokens import VisualTokens
 
 
 @dataclass
@@ -21,6 +21,8 @@ class Visual:
     Args:
         layouts: of every image.
         places: `[S, N0, 4]` coordinates of the tokens the method chooses from, before any pruning.
+        tile, patch: `[S, N0]` and `[S, N0, 2]` encoder tile or frame, and place in it.
+        origin: `[S, N0]` number among all placeholders of the call, modality by modality, in reading order.
         visible: `[S, N0]` bool, those the attention mask does not hide.
         sample: `[S]` batch row of every image.
         columns: `[S, N]` the caller's column of every token alive.
@@ -30,10 +32,15 @@ class Visual:
         initial: tokens per image before any pruning, on the host.
         counts: tokens alive per image, on the host; upper bounds once an adaptive method has cut (`exact` False).
         history: (site, token, mask) after every cut.
+        tower: signals of the vision encoder, `[placeholders, ...]` in the order `origin` counts.
+        memory: what reducers leave for later stages.
     """
 
     layouts: list[Layout]
     places: Tensor
+    tile: Tensor
+    patch: Tensor
+    origin: Tensor
     visible: Tensor
     sample: Tensor
     columns: Tensor
@@ -44,6 +51,8 @@ class Visual:
     counts: list[int]
     exact: bool = True
     history: list[tuple[Site, Tensor, Tensor]] = field(default_factory=list)
+    tower: dict[Hashable, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def hide(self, valid: Tensor) -> None:
         """Tokens the caller's mask hides (`[B, L]` bool) are padding: not to be chosen, not to be counted."""
@@ -54,13 +63,24 @@ class Visual:
         """`[B, L, ...]` -> `[S, N, ...]`: what the sequence holds at the tokens alive."""
         return x[self.sample[:, None], self.slots]
 
+    def add_tower(self, signals: dict[Hashable, Tensor]) -> None:
+        """Take over the signals of the vision encoder, `[placeholders, ...]` each, and where tokens come from."""
+        self.tower = {key: x.to(self.mask.device) for key, x in signals.items()}
+        self.tile, self.patch = (self.tower.pop(key)[self.origin] for key in (TILE, PATCH))
 
-def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool) -> Visual:
+    def of_tower(self, key: Hashable) -> Tensor:
+        """`[S, N, ...]`: a signal of the vision encoder at the tokens alive."""
+        return self.tower[key][self.origin.gather(1, self.token)]
+
+
+def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool, tiled: bool = True) -> Visual:
     """Where every image's tokens are; no host synchronisation.
 
     Args:
         groups: per modality its `[B, L]` placeholder mask and its layouts, in placeholder order.
         newlines: whether separators count as visual tokens.
+        tiled: whether the tiles of images' layouts are those of the encoder; else all their tokens are said to be of
+            tile 0.
     """
     device, width = groups[0][0].device, groups[0][0].shape[1]
     layouts = [layout for _, found in groups for layout in found]
@@ -81,9 +101,13 @@ def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool) -> Vis
     position = torch.cat(reading)[pick.to(device, non_blocking=True)]
     columns = position % width
     mask = (torch.arange(shape[1]) < counts[:, None]).to(device, non_blocking=True)
+    tile = torch.where(places[:, 0] < 0, -1, places[:, 0] * tiled + places[:, 1])  # never both tiles and frames
     return Visual(
         layouts=layouts,
         places=places[pick].to(device, non_blocking=True),
+        tile=tile[pick].to(device, non_blocking=True),
+        patch=places[pick][..., 2:].to(device, non_blocking=True),
+        origin=pick.to(device, non_blocking=True),
         sample=position[:, 0] // width,
         columns=columns,
         slots=columns,
@@ -108,6 +132,8 @@ class Running:
         visual: the images, if the call has any.
         signals: captured at the layer before the site at hand, sequence in dimension 1.
         target: `[B, caller's L]` slot of every caller's column, `L` where it is gone.
+        inputs: `[B, caller's L, D]` what entered the decoder, if a reducer wants it.
+        transitions: by decoder layer, `[B, L, 4]` and sums `[B, 2]`; see `prune.adapters.transition`.
     """
 
     columns: Tensor
@@ -116,46 +142,18 @@ class Running:
     full: bool
     placeholder: Tensor
     visual: Visual | None = None
-    signals: dict[str, Tensor] = field(default_factory=dict)
+    signals: dict[str, object] = field(default_factory=dict)
     target: Tensor | None = None
-
-    def tokens(self, hidden: Tensor, wanted: Sequence[str], norm: Callable[[Tensor], Tensor]) -> VisualTokens:
-        """What the reducer sees: the images' features and the signals it declares."""
-        visual = self.visual
-        tokens = VisualTokens(
-            features=visual.gather(hidden),
-            mask=visual.mask,
-            coordinates=take(visual.places, visual.token),
-            columns=self.ordinal[visual.sample[:, None], visual.columns],
-        )
-        for name, signal in self.signals.items():
-            if name in wanted:
-                setattr(tokens, name, visual.gather(signal))
-        if "normed_features" in wanted:
-            tokens.normed_features = norm(tokens.features)
-        if "text_features" in wanted:
-            self._add_text(tokens, hidden, wanted, norm)
-        return tokens
-
-    def _add_text(self, tokens: VisualTokens, hidden: Tensor, wanted: Sequence[str], norm: Callable) -> None:
-        visual, width = self.visual, hidden.shape[1]
-        last = torch.where(visual.mask, visual.columns, -1).amax(1, keepdim=True)
-        columns = self.columns[visual.sample]
-        after = (self.valid & ~self.placeholder)[visual.sample] & (columns > last)
-        most = width - min(visual.counts) if visual.exact else width  # text columns a sample can have
-        source, valid, _ = compact(after, most)
-        row = visual.sample[:, None]
-        tokens.text_features, tokens.text_mask = hidden[row, source], valid
-        tokens.text_columns = self.ordinal[row, columns.gather(1, source)]
-        if "keys" in self.signals:
-            tokens.text_keys = self.signals["keys"][row, source]
-        if "normed_features" in wanted:
-            tokens.normed_text = norm(tokens.text_features)
+    inputs: Tensor | None = None
+    transitions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def cut(
-        self, hidden: Tensor, site: Site, reducer: Reducer, keep: list[int], norm: Callable
+        self, hidden: Tensor, site: Site, reducer: Reducer, keep: list[int], show: Callable
     ) -> tuple[Tensor, Tensor]:
         """Let a reducer choose, drop the rest, close the gaps (right-aligned, so ragged rows are left-padded).
+
+        Args:
+            show: (running sequence, hidden states) -> `prune.adapters.shown.Shown`.
 
         Returns:
             The shortened `[B, L', D]` hidden states and `source` `[B, L']`: the old slot of every new one.
@@ -163,9 +161,9 @@ class Running:
         visual = self.visual
         if self.valid.device != hidden.device:
             self._move(hidden.device)
+        shown = show(self, hidden)
         with torch.no_grad():
-            tokens = self.tokens(hidden.detach(), reducer.signals, norm)
-            reduction = reducer.reduce(tokens, keep)
+            reduction = reducer.reduce(shown.tokens(reducer), keep)
             kept = reduction.valid & visual.mask.gather(1, reduction.keep)
             slots = visual.slots.gather(1, reduction.keep)
             survives = self._survivors(slots, kept)
@@ -176,7 +174,7 @@ class Running:
                 length, fewest = torch.stack([counts.amax(), counts.amin()]).tolist()
                 self.full = length == fewest
             source, valid, target = compact(survives, length)
-        merged = reduction.apply(visual.gather(hidden)) if reduction.merge is not None else None
+        merged = shown.merge(reduction, site.kind == "projected")
         hidden = take(hidden, source)
         row = visual.sample[:, None]
         visual.slots = target[row, slots].clamp(max=length - 1)
@@ -192,6 +190,7 @@ class Running:
         gone = torch.full_like(target[:, :1], length)
         self.target = target if self.target is None else torch.cat([target, gone], 1).gather(1, self.target)
         self.signals = {}
+        self.transitions = {layer: (take(x, source), sums) for layer, (x, sums) in self.transitions.items()}
         return hidden, source
 
     def _move(self, device: torch.device) -> None:
@@ -201,6 +200,9 @@ class Running:
                 if isinstance(value, Tensor):
                     setattr(state, name, value.to(device))
         self.signals = {name: signal.to(device) for name, signal in self.signals.items()}
+        self.transitions = {layer: tuple(x.to(device) for x in pair) for layer, pair in self.transitions.items()}
+        for name in ("tower", "memory"):
+            setattr(self.visual, name, {key: x.to(device) for key, x in getattr(self.visual, name).items()})
 
     def _survivors(self, slots: Tensor, kept: Tensor) -> Tensor:
         """`[B, L]` bool: valid columns that are text or chosen."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from prune.budget import Budget, Geometry
 from prune.errors import ConfigError
 from prune.kernels import topk_indices
-from prune.tokens import Reduction, VisualTokens
+from prune.tokens import Reduction, Tower, VisualTokens
 
 
 @dataclass(frozen=True, order=True)
@@ -61,6 +62,10 @@ class Method:
         name: registry name, lower case.
         title, arxiv: paper.
         signals: names out of `prune.tokens.SIGNALS` the reducer reads beside `features`.
+        tower: name -> `prune.tokens.Tower`, the signals of the vision encoder it reads, as `tokens.tower[name]`; may be
+            a property computed from the options.
+        transition_layers: decoder layers whose "transition" it reads; may be a property.
+        needs_projector: True if it reads `tokens.projector` or merges in the space of the tower.
         needs_question: True if a prompt without text after the image is an error.
         merges: True if dropped tokens are folded into kept ones.
         adaptive: True if the kept count depends on the content (then the budget is an upper bound).
@@ -72,6 +77,9 @@ class Method:
     title: ClassVar[str] = ""
     arxiv: ClassVar[str] = ""
     signals: ClassVar[tuple[str, ...]] = ()
+    tower: ClassVar[Mapping[str, Tower]] = MappingProxyType({})
+    transition_layers: ClassVar[tuple[int, ...]] = ()
+    needs_projector: ClassVar[bool] = False
     needs_question: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
@@ -85,7 +93,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def sites(self, layers: int = 1000) -> tuple[Site, ...]:
+    def sites(self, layers: int = 32) -> tuple[Site, ...]:
         """Where the method acts in a decoder of `layers` layers, in order."""
         return tuple(stage.site for stage in self.plan(Geometry(100, layers=layers), 10))
 
@@ -123,6 +131,21 @@ class Reducer(Method):
             keep: per row the count to keep, on the host; at most the row's number of real tokens.
         """
         raise NotImplementedError
+
+    def selection_flops(self, geometry: Geometry, keep: int) -> int:
+        """FLOPs of the matrix products in one image's selection, two per multiply-add; 0 by default.
+
+        Return what `reduce` hands to `@`, `matmul`, `einsum` or a convolution: `[n, d] @ [d, m]` is `2 * n * d * m`.
+        Sorting, norms, comparisons and products summed element by element (`kernels.dot`) are not counted, as
+        `torch.utils.flop_counter` does not; nor are signals, which the engine makes and `evals.accounting` prices.
+        `tests/test_accounting.py` compares the number with the counter for every row of `tests/matrix.py`.
+
+        Args:
+            geometry: of the stage: `visual_tokens` N of the image that enter it, `text_tokens` T, the columns of
+                `text_features`, `hidden_size` D and the heads of the decoder.
+            keep: tokens left over.
+        """
+        return 0
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
         return (Stage(Site.parse(self.site), self, keep),)

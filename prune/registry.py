@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -117,6 +118,23 @@ class MethodInfo:
     options: dict[str, object]
 
 
+def signals_of(method: Method) -> tuple[str, ...]:
+    """All signals a method reads; those of the vision encoder as "tower:<kind>"."""
+    return tuple(dict.fromkeys([*method.signals, *(f"tower:{spec.kind}" for spec in method.tower.values())]))
+
+
+def acts_at(sites: Sequence[Site]) -> str:
+    """Sites in a few words: `projected + decoder:2`, `decoder:8,16,24`, `decoder:5...31` for more than four layers."""
+    layers: dict[str, list[int]] = {}
+    for site in dict.fromkeys(sites):
+        layers.setdefault(site.kind, []).append(site.layer)
+    words = []
+    for kind, found in layers.items():
+        numbers = ",".join(map(str, found)) if len(found) <= 4 else f"{found[0]}...{found[-1]}"
+        words.append(kind if kind == "projected" else f"{kind}:{numbers}")
+    return " + ".join(words)
+
+
 def method_info(name: str) -> MethodInfo:
     """What a method is and needs, with its default options."""
     cls = method_class(name)
@@ -125,8 +143,8 @@ def method_info(name: str) -> MethodInfo:
         name=name,
         title=cls.title,
         arxiv=cls.arxiv,
-        where=" + ".join(dict.fromkeys(str(Site.parse(site)) for site in method.sites())),
-        signals=tuple(cls.signals),
+        where=acts_at(method.sites()),
+        signals=signals_of(method),
         merges=cls.merges,
         adaptive=cls.adaptive,
         needs_question=cls.needs_question,
@@ -150,7 +168,8 @@ def list_methods(
         pattern: wildcard over names, such as `"*prune*"`.
         where: site kind the method acts at with its default options: "vision", "projected", "decoder" or "block".
         needs_question, merges, adaptive: keep the methods with this property.
-        signals: keep the methods that need none but these signals.
+        signals: keep the methods that need none but these signals; those of the vision encoder are called
+            "tower:cls_attention" and so on.
     """
     _load()
     infos = (method_info(name) for name in sorted(_REGISTRY) if fnmatchcase(name, pattern))

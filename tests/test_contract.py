@@ -111,7 +111,7 @@ def _check_report(row, model, report):
     geometry = Geometry(1, layers=model.config.get_text_config().num_hidden_layers)
     check_counts(report, row.budget, lambda n: method.kept(n, budget, geometry), at_most=method.adaptive)
     for image in report.images:
-        assert [str(site) for site in image.stages] == [str(site) for site in method.sites()]
+        assert [str(site) for site in image.stages] == [str(site) for site in method.sites(geometry.layers)]
 
 
 @cells(families=VIDEO_FAMILIES, attention=("sdpa",))

@@ -16,6 +16,7 @@ from tiny import (
     Image,
     Sample,
     Video,
+    build,
     collate,
     columns_of,
     mixed_batch,
@@ -25,7 +26,8 @@ from tiny import (
 )
 from transformers import DynamicCache
 
-from prune import Budget, Compose, Scorer, apply_pruner, get_method
+from prune import Budget, Compose, ConfigError, Scorer, UnsupportedMethodError, apply_pruner, get_method
+from prune.kernels import row_attention
 from prune.tokens import SIGNALS
 
 
@@ -42,6 +44,10 @@ class Probe(Scorer):
 
     layer: int = 2
     signals = SIGNALS
+
+    @property
+    def transition_layers(self):
+        return tuple(range(LAYERS))  # those from the site on have not run yet
 
     @property
     def site(self):
@@ -86,8 +92,158 @@ def test_signals(family, attn, side, layer):
             assert_close(seen.text_features[row][question], hidden[after])
             assert_close(seen.text_keys[row][question], keys[after])
             assert_close(seen.normed_text[row][question], norm(hidden[after]))
+            assert_close(seen.inputs[row][real], want.entering[0][span])
+            assert_close(seen.text_inputs[row][question], want.entering[0][after])
+            for inputs, number in ((seen.attention, layer - 1), (seen.entry_attention, layer)):
+                check_attention(inputs, row, real, number, want, cache, span, after)
+            measured = transitions_by_hand(oracle, sample, layer)
+            assert_close(seen.transition[row][real], measured[span])
+            assert_close(seen.transition_sums[row], (1 - measured[..., 1::2]).exp().sum(0))
             row += 1
     assert row == len(seen.mask)
+
+
+def check_attention(inputs, row, real, number, want, cache, span, after):
+    """`AttentionInputs` of decoder layer `number`, image by image, against eager attention weights."""
+    sample = int(inputs.sample[row])
+    valid, length = inputs.valid[sample], inputs.queries.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & valid
+    weights = row_attention(inputs.queries[[sample]], inputs.keys[[sample]], inputs.scale, mask[None])[0]
+    assert_close(weights[:, valid][:, :, valid], want.attention[number])
+    assert_close(inputs.values[sample][valid], cache.layers[number].values[0].transpose(0, 1))
+    first = int(valid.long().argmax())
+    assert (inputs.slots[row][real] - first).tolist() == span
+    assert (inputs.text_slots[row][inputs.text_mask[row]] - first).tolist() == after
+    assert inputs.last[sample] == valid.nonzero().max()
+
+
+def transitions_by_hand(model, sample, layer):
+    """`[L, layer, 4]` norm ratios and cosines of the modules of the layers before `layer`."""
+    seen, hooks = [], []
+
+    def measure(module, args, kwargs, output):
+        x, y = (args[0] if args else kwargs["hidden_states"])[0], (output[0] if isinstance(output, tuple) else output)
+        y = y[0] if y.dim() == 3 else y
+        seen.append(torch.stack([y.norm(dim=-1) / x.norm(dim=-1), torch.cosine_similarity(x, y, dim=-1)], -1))
+
+    for block in model.model.language_model.layers[:layer]:
+        hooks += [m.register_forward_hook(measure, with_kwargs=True) for m in (block.self_attn, block.mlp)]
+    try:
+        model(**collate([sample]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([torch.cat(pair, -1) for pair in zip(seen[::2], seen[1::2])], 1)
+
+
+@dataclass
+class Late(Probe):
+    """A probe whose name tells it from another one."""
+
+    name = "late"
+
+
+@pytest.mark.parametrize("attn", ATTENTION)
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "internvl"])
+def test_signals_across_stages(family, attn):
+    """The second stage in the decoder: attention over what is left, transitions of layers before and after the cut."""
+    model, oracle, samples = shared(family, attn), pristine(family, "eager"), mixed_batch(family)
+    first, late = Probe(1), Late(3)
+    with apply_pruner(model, Compose(first, late, budgets=[Budget(keep=6), Budget(keep=2)])) as handle:
+        model(**with_positions(collate(samples, "right")))
+        report = handle.last
+    row = 0
+    for number, sample in enumerate(samples):
+        images = of_sample(report, number)
+        for image in images:
+            image.stages.pop("decoder:3")
+        want = expect(oracle, sample, images)
+        spans = places(oracle, sample, trace(oracle, collate([sample])).embeds)
+        for image, span in zip(images, spans):
+            columns = [span[i] for i in image.stages["decoder:1"]]
+            seen, real = late.seen, late.seen.mask[row]
+            valid = seen.attention.valid[number]
+            length = len(valid)
+            mask = torch.ones(length, length, dtype=torch.bool).tril() & valid
+            for inputs, at in ((seen.attention, 2), (seen.entry_attention, 3)):
+                q, k = inputs.queries[[number]], inputs.keys[[number]]
+                weights = row_attention(q, k, inputs.scale, mask[None])[0]
+                assert_close(weights[:, valid][:, :, valid], want.attention[at])
+            assert_close(seen.inputs[row][real], want.entering[0][columns])
+            before = first.seen.transition[row][image.stages["decoder:1"]]
+            assert torch.equal(seen.transition[row][real][:, :1], before)
+            assert seen.transition.shape[2] == 3
+            assert torch.equal(seen.transition_sums[row][:1], first.seen.transition_sums[row])
+            assert_close(seen.transition[row][real][:, 1], first_after_cut(oracle, want, 1, columns))
+            row += 1
+
+
+def first_after_cut(model, want, layer, columns):
+    """Norm ratios and cosines `[columns, 4]` of a layer's modules, run by hand on the survivors alone."""
+    block, kept = model.model.language_model.layers[layer], want.kept[layer]
+    h = want.entering[layer]
+    normed = block.input_layernorm(h)
+    heads = want.attention[layer]
+    v = block.self_attn.v_proj(normed).unflatten(-1, (-1, block.self_attn.head_dim)).repeat_interleave(2, 1)
+    out = block.self_attn.o_proj(torch.einsum("hqk,khd->qhd", heads, v).flatten(1))
+    after = block.post_attention_layernorm(h + out)
+    measured = []
+    for x, y in ((normed, out), (after, block.mlp(after))):
+        measured += [y.norm(dim=-1) / x.norm(dim=-1), torch.cosine_similarity(x, y, dim=-1)]
+    return torch.stack(measured, -1)[[kept.index(c) for c in columns]]
+
+
+@pytest.mark.parametrize("site", ["projected", "decoder:0"])
+@pytest.mark.parametrize("signal", ["attention", "entry_attention", "transition"])
+def test_signals_of_layers_need_a_layer(signal, site):
+    with pytest.raises(UnsupportedMethodError, match="layer>=1"):
+        apply_pruner(shared("llava"), At(site, signal), keep=2)
+
+
+@dataclass
+class At(Scorer):
+    """Reads one signal at a site."""
+
+    site: str = "projected"
+    signal: str = "attention"
+    layers: tuple = (0,)
+    name = "at"
+
+    @property
+    def signals(self):
+        return (self.signal,)
+
+    @property
+    def transition_layers(self):
+        return self.layers
+
+    def score(self, tokens):
+        return tokens.features.float().norm(dim=-1)
+
+
+@pytest.mark.parametrize("layers", [(), (2, 3), (0, LAYERS), (-1,)])
+def test_transition_layers_are_checked(layers):
+    with pytest.raises(ConfigError, match="transition"):
+        apply_pruner(shared("llava"), At("decoder:2", "transition", layers), keep=2)
+
+
+def test_transition_after_an_exception():
+    """A layer that fails half-way leaves no measurement for the next call."""
+    model, sample = build("llava"), Sample("llava", [4, Image(), 6], 1)
+    with apply_pruner(model, probe := Probe(2), keep=3) as handle:
+        model(**collate([sample]))
+        want = probe.seen.transition
+
+        def fail(*args):
+            raise RuntimeError("on purpose")
+
+        hook = model.model.language_model.layers[0].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(**collate([sample]))
+        hook.remove()
+        assert handle._engine.transition.place.run is None
+        model(**collate([sample]))
+    assert torch.equal(probe.seen.transition, want)
 
 
 def test_signals_after_an_earlier_cut():

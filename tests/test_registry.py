@@ -17,8 +17,10 @@ from prune import (
     register,
     registry,
 )
+from prune.method import Site
 from prune.reducers.fastv import FastV
 from prune.reducers.random import Random
+from prune.registry import acts_at
 
 
 @pytest.fixture
@@ -72,10 +74,22 @@ def test_unknown_option_lists_the_options():
 
 
 def test_filters():
-    assert list_methods(where="decoder", needs_question=True) == ["fastv"]
-    assert "fastv" not in list_methods(signals=set())
-    assert list_methods("*prune*") == ["divprune"]
+    infos = {name: method_info(name) for name in list_methods()}
+    asking = list_methods(where="decoder", needs_question=True)
+    assert asking == [name for name, info in infos.items() if "decoder" in info.where and info.needs_question]
+    assert "fastv" in asking and "divprune" not in asking
+    plain = list_methods(signals=set())
+    assert plain == [name for name, info in infos.items() if not info.signals] and "divprune" in plain
+    assert "fastv" in list_methods(signals={"last_token_attention"}) and "fastv" not in plain
+    assert list_methods("*prune*") == [name for name in infos if "prune" in name] and "divprune" in infos
     assert method_info("fastv").options == {"layer": 2}
+
+
+def test_where_is_short():
+    sites = [Site.parse(site) for site in ("projected", "decoder:8", "decoder:16")]
+    assert acts_at(sites) == "projected + decoder:8,16"
+    assert acts_at([Site.parse(f"decoder:{layer}") for layer in range(5, 32)]) == "decoder:5...31"
+    assert acts_at([Site.parse("vision:3"), *sites]) == "vision:3 + projected + decoder:8,16"
 
 
 def test_entry_points_load_and_broken_ones_only_warn(scratch, monkeypatch):
