@@ -20,6 +20,10 @@ class Geometry:
         text_tokens: all other tokens of the sample; only a `flops` budget looks at them.
         layers: number of decoder layers.
         hidden_size, intermediate_size, heads, kv_heads, head_dim: decoder widths; only for FLOPs and KV bytes.
+        tower_width, tower_heads: width of the vision encoder's layers and number of their heads; 0 where unknown, as
+            the next two: only for the FLOPs of a selection that works on its signals.
+        tower_features: channels of what the projector reads for one token.
+        projector_flops: of the projector for one token.
     """
 
     visual_tokens: int
@@ -30,6 +34,10 @@ class Geometry:
     heads: int = 32
     kv_heads: int = 32
     head_dim: int = 128
+    tower_width: int = 0
+    tower_heads: int = 1
+    tower_features: int = 0
+    projector_flops: int = 0
 
     def prefill_flops(self, alive: Sequence[int]) -> int:
         """FLOPs of the decoder's prefill, two per multiply-add.
@@ -60,7 +68,8 @@ class Budget:
     Args:
         ratio: share of the visual tokens REMOVED after the last stage, in [0, 1).
         keep: visual tokens kept per image after the last stage, >= 1.
-        average: visual tokens per image, averaged over the decoder layers, > 0: the equal-compute comparison.
+        average: visual tokens per image, averaged over the decoder layers, > 0: the equal-compute comparison. Below 1
+            it is a share of the image's tokens, for images of different sizes: 1 / 9 of 576 tokens is 64.
         flops: share of the un-pruned decoder prefill FLOPs (`Geometry.prefill_flops`) left over, in (0, 1].
 
     Counts round to nearest, ties to even, and never fall below 1 per image. `ratio` is read as the decimal it was
@@ -93,7 +102,8 @@ class Budget:
             raise BudgetError(f"{name}={value!r} must be {domain}")
 
     def __str__(self):
-        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) is not None)
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ", ".join(f"{name}={value:.4g}" for name, value in given.items() if value is not None)
 
     def solve(self, geometry: Geometry, alive: Callable[[int], Sequence[int]]) -> int:
         """The number of visual tokens one image keeps after the last stage.
@@ -115,7 +125,8 @@ class Budget:
         if self.keep is not None:
             return min(n, int(self.keep))
         if self.average is not None:
-            target, cost = self.average, lambda k: sum(alive(k)) / geometry.layers
+            target = self.average if self.average >= 1 else max(1, self.average * n)
+            cost = lambda k: sum(alive(k)) / geometry.layers  # noqa: E731
         else:
             full = geometry.prefill_flops([n] * geometry.layers)
             target, cost = self.flops, lambda k: geometry.prefill_flops(alive(k)) / full
@@ -126,8 +137,8 @@ class Budget:
             return n
         if cost(1) > target:
             raise BudgetError(
-                f"{self} is out of reach: one token kept of {n} still costs {cost(1):.4g}; "
-                "raise the budget or prune at an earlier layer"
+                f"{self} is out of reach: one token kept of {n} still costs {cost(1):.4g}, more than "
+                f"{target:.4g}; raise the budget or prune at an earlier layer"
             )
         low, high = 1, n  # cost(low) <= target < cost(high)
         while high - low > 1:

@@ -77,6 +77,11 @@ class Row:
         return ("original", "compact") if projected else ("original",)
 
 
+NO_CLS = {
+    family: "the vision encoder has no CLS token"
+    for family in ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+}
+
 ROWS = (
     Row("random", {"seed": 1}),
     Row("random", {"seed": 1, "layer": 1}),
@@ -86,6 +91,29 @@ ROWS = (
     Row("fastv", {"layer": 2}),
     Row("divprune", {}, {"keep": 3}),
     Row("compose", (("random", {}), ("fastv", {"layer": 2})), {"ratio": 0.8}),
+    Row("gprune", {"similarity": 0.3}),
+    Row("pyramiddrop"),
+    Row("cdpruner", {}),
+    Row("script", {}),
+    Row("sparsevlm"),
+    Row("vatp", {"layer": 1}),
+    Row("greedyprune", {"layer": 2, "tau": 0.3}),
+    Row("transprune", {"layers": (1, 2, 3)}),
+    Row("vflowopt", {"layers": (1, 2), "cell": 2.0}, {"ratio": 0.5}),
+    Row("ficoco", {"layers": (1, 2, 3)}),
+    Row("aim", {"merge": 0.5, "layers": (2, 3)}),
+    Row("framefusion", {"similarity": 0.1}),
+    Row("flowcut", {"layer": 2, "score": "received"}),
+    Row("flowcut", {"layer": 3}, exclude=NO_CLS),
+    Row("hiprune", {"alpha": 0.8}),
+    Row("visionzip", {"contextual": 0.4, "score": "received", "space": "here"}, {"ratio": 0.6}),
+    Row("vispruner", {"score": "received", "drop": 2}),
+    Row("fastervlm", {}, exclude=NO_CLS),
+    Row("prumerge", {"adaptive": False, "neighbours": 2, "space": "here"}, {"ratio": 0.5}, exclude=NO_CLS),
+    Row("todre", {"layer": 3, "tau": 0.3}, exclude=NO_CLS),
+    Row("zooprune", {"directions": 4, "step": 0.1}),
+    Row("norm_diversity", {}, {"keep": 3}),
+    Row("pooling", {}),
 )
 
 PROJECTED = Row("random", {"seed": 1})

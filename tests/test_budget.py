@@ -41,7 +41,7 @@ def test_keep_is_capped_at_what_there_is(n, keep):
 @given(st.integers(2, 3000), st.floats(0.01, 1), st.integers(1, 30))
 def test_average_is_met_as_closely_as_whole_tokens_allow(n, share, layer):
     geometry, method = Geometry(n, layers=32), AtLayer(layer)
-    target = share * n
+    target = max(1, share * n)  # below 1 it would be a share
     if target < (layer * n + 32 - layer) / 32:
         with pytest.raises(BudgetError, match="out of reach"):
             method.kept(n, Budget(average=target), geometry)
@@ -49,6 +49,13 @@ def test_average_is_met_as_closely_as_whole_tokens_allow(n, share, layer):
     kept = method.kept(n, Budget(average=target), geometry)
     average = sum(alive(geometry, method.plan(geometry, kept))) / 32
     assert abs(average - target) <= (32 - layer) / 32 / 2 + 1e-9 or kept == n
+
+
+@given(st.integers(1, 3000), st.floats(0.001, 0.999))
+def test_an_average_below_one_is_a_share_of_the_tokens(n, share):
+    kept = Reducer().kept(n, Budget(average=share))
+    assert abs(kept - share * n) <= 0.5 + 1e-9 or kept == 1
+    assert Reducer().kept(576, Budget(average=1 / 9)) == 64
 
 
 @given(st.integers(2, 3000), st.integers(0, 500), st.floats(0.3, 1))

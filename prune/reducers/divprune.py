@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prune.budget import Geometry
 from prune.kernels import farthest_point
 from prune.method import Reducer
 from prune.registry import register
@@ -43,3 +44,6 @@ class DivPrune(Reducer):
         order, valid = farthest_point(tokens.features, keep, tokens.mask)
         ascending = order.masked_fill(~valid, tokens.features.shape[1]).sort(dim=1).values
         return Reduction(ascending.masked_fill(~valid, 0), valid)
+
+    def selection_flops(self, geometry: Geometry, keep: int) -> int:
+        return 2 * geometry.visual_tokens**2 * geometry.hidden_size  # all pairs, for the first pick

@@ -1,0 +1,76 @@
+"""Clustering by density peaks (DPC-KNN)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .topk import topk_mask
+
+ELEMENTS = 1 << 26
+"""Distances held at a time: 256 MiB of fp32."""
+
+
+@torch.no_grad()
+def density_peaks(
+    x: Tensor, clusters: Tensor, mask: Tensor, bonus: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
+    """Split every row's points into clusters around its density peaks.
+
+    Distances are Euclidean over sqrt(D). The density of a point is exp(-mean of the squared distances to its nearest
+    points), as many as there are clusters, itself included; its separation the distance to the nearest denser point,
+    for the densest one the largest distance in the row. Centres have the largest density * separation; every point
+    joins the nearest centre. Of equally dense points the first counts as denser; all other ties go to the lowest
+    index too.
+
+    Args:
+        x: `[B, M, D]` float; everything in fp32.
+        clusters: `[B]` int64, at most the row's number of points.
+        mask: `[B, M]` bool, the points. What the other rows hold, NaN included, has no influence.
+        bonus: `[B, M]` added to the density (authors' codes add noise).
+        chunk: points compared at a time; None takes as many as `ELEMENTS` allows.
+
+    Returns:
+        `[B, M]` int64: the centre of every point's cluster, itself for a centre; 0 at padding.
+
+    Cost: O(B M^2 D), three times where the distances do not fit into one chunk. Not by a matrix product: distances are
+        the same to the bit both ways, and those of equal points 0.
+    """
+    rows, n, dim = x.shape
+    x = x.float().masked_fill(~mask[..., None], 0) / dim**0.5
+    chunk = chunk or max(1, ELEMENTS // max(1, rows * n))
+    spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+    held: dict[int, Tensor] = {}
+
+    def distance(span: slice) -> Tensor:
+        """`[B, chunk, M]`, inf to padding."""
+        if span.start in held:
+            return held[span.start]
+        d = torch.cdist(x[:, span], x, compute_mode="donot_use_mm_for_euclid_dist")
+        d = d.masked_fill(~mask[:, None], torch.inf)
+        if len(spans) == 1:
+            held[span.start] = d
+        return d
+
+    nearest = torch.arange(n, device=x.device) < clusters[:, None, None]
+    density, farthest = x.new_zeros(rows, n), x.new_zeros(rows, 1)
+    for span in spans:
+        d = distance(span)
+        near = d.sort(-1).values.square().masked_fill(~nearest, 0).sum(-1) / clusters[:, None].clamp(min=1)
+        density[:, span] = (-near).exp()
+        real = d.masked_fill(~(mask[:, span, None] & mask[:, None]), 0)
+        farthest = torch.maximum(farthest, real.amax((1, 2))[:, None])
+    if bonus is not None:
+        density = density + bonus
+
+    place = torch.arange(n, device=x.device)
+    score = x.new_zeros(rows, n)
+    for span in spans:
+        mine, other = density[:, span, None], density[:, None]
+        denser = (other > mine) | ((other == mine) & (place < place[span, None]))
+        gap = distance(span).masked_fill(~denser, torch.inf).amin(-1)
+        score[:, span] = density[:, span] * torch.minimum(gap, farthest)
+    centre = topk_mask(score, clusters, mask)
+
+    found = torch.cat([distance(span).masked_fill(~centre[:, None], torch.inf).argmin(-1) for span in spans], 1)
+    return torch.where(centre, place, found).masked_fill(~mask, 0)
