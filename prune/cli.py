@@ -1,4 +1,4 @@
-"""The command line: `prune list`, `prune show`, `prune env`.
+"""The command line: `prune list`, `prune show`, `prune env`; `prune eval` and `prune report` are in `prune.evals`.
 
 Results go to stdout, everything else (progress, summaries, errors) to stderr; progress and summaries only when somebody
 is looking. Exit code 1 is a failure with its cause in a line or two, 2 wrong usage.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from ast import literal_eval
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from enum import Enum
@@ -20,7 +19,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from prune.errors import BudgetError, PruneError
+from prune.errors import BudgetError, ConfigError, PruneError
+from prune.evals import command, tune_command
 from prune.loading import DEFAULT_IMAGE, UserError, load_model, open_image, prefill
 
 if TYPE_CHECKING:  # torch, transformers and Pillow are imported by the commands that use them: --help is quick
@@ -131,13 +131,6 @@ def _signals(text: str) -> set[str]:
 # ---------------------------------------------------------------------------------------------------------- show
 
 
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 @app.command()
 def show(
     images: Annotated[
@@ -154,7 +147,9 @@ def show(
         typer.Option(help=f"Budget: share of the visual tokens REMOVED; {DEFAULT_RATIO} if no budget is given."),
     ] = None,
     keep: Annotated[int | None, typer.Option(help="Budget: visual tokens kept per image.")] = None,
-    average: Annotated[float | None, typer.Option(help="Budget: mean visual tokens per decoder layer.")] = None,
+    average: Annotated[
+        float | None, typer.Option(help="Budget: mean visual tokens per decoder layer; below 1 a share of them.")
+    ] = None,
     flops: Annotated[float | None, typer.Option(help="Budget: share of the prefill FLOPs left over.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method; may be repeated.")
@@ -179,23 +174,26 @@ def show(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; without it the GPU if there is one.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights; auto is the checkpoint's own.")] = Dtype.auto,
+    dtype: Annotated[
+        command.Dtype, typer.Option(help="Of the model's weights; auto is the checkpoint's own.")
+    ] = command.Dtype.auto,
 ) -> None:
     """Prune, and draw which patches of the pictures were dropped. Prints the paths of the drawings.
 
     Dropped patches are dark and grey, kept ones untouched, the title says how many. One drawing per image.
     """
     from prune.budget import Budget
+    from prune.options import parse_options
     from prune.registry import get_method
 
     given = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
     if all(value is None for value in given.values()):
         given["ratio"] = DEFAULT_RATIO
     try:
-        budget = Budget(**given)
-    except BudgetError as error:
+        budget, options = Budget(**given), parse_options(option or [])
+    except (BudgetError, ConfigError) as error:
         raise typer.BadParameter(str(error)) from None
-    pruner = get_method(method, **_options(option or []))
+    pruner = get_method(method, **options)
     images = images or [DEFAULT_IMAGE]
     photos = [open_image(name) for name in images]  # everything cheap is checked before a model is loaded
     targets = _targets(images, output, method)
@@ -217,20 +215,6 @@ def show(
             if bar.console.is_terminal:
                 bar.console.print(str(handle.last), **_AS_IS)
             _say(target, bar)
-
-
-def _options(pairs: list[str]) -> dict[str, object]:
-    options = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (equals and key.strip()):
-            raise typer.BadParameter(f"--option {pair!r}: write KEY=VALUE, such as layer=3")
-        try:
-            value = literal_eval(text)
-        except (ValueError, SyntaxError):  # a bare word is a string
-            value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-        options[key.strip().replace("-", "_")] = value
-    return options
 
 
 def _targets(images: list[str], output: Path | None, method: str) -> list[Path]:
@@ -288,6 +272,12 @@ def _waiting(text: str) -> AbstractContextManager:
     return console.status(text) if console.is_terminal else nullcontext()
 
 
+# -------------------------------------------------------------------------------------------------- eval, report
+app.command("eval")(command.evaluate)
+app.command("tune")(tune_command.tune)
+app.command("report")(command.report)
+
+
 # ----------------------------------------------------------------------------------------------------------- env
 
 
@@ -319,4 +309,4 @@ def _plain(value) -> str:
 def _stdout() -> Console:
     """Wide enough for whole lines when piped; without colours then."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=240)
+    return console if console.is_terminal else Console(highlight=False, width=400)

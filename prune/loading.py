@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from pathlib import Path
 
@@ -33,26 +34,40 @@ def open_image(name: str) -> Image.Image:
         raise UserError(f"{name} is a folder; name the images in it")
     try:
         with Image.open(name) as file:
-            upright = ImageOps.exif_transpose(file)
-            if upright.mode.startswith("I;16"):  # a plain conversion would cut brightness off at 255
-                upright = upright.point(lambda value: value / 256, "L")
-            solid = upright.convert("RGBA")
+            return on_white(file)
     except PermissionError:
         raise
     except Image.UnidentifiedImageError:
         raise UserError(f"{name} is not a picture in a format known to Pillow") from None
     except Exception as error:  # decoders raise anything on a broken file
         raise UserError(f"cannot read {name}: {error}") from None
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Upright, RGB, transparency on white."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # a plain conversion would cut brightness off at 255
+        upright = upright.point(lambda value: value / 256, "L")
+    solid = upright.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
 
 
-def load_model(name: str, device: str | None, dtype: str):
-    """(model, processor) of a demo, a folder or a hub repository, on the device.
+def load_model(name: str, device: str | None = None, dtype: str = "auto", attention: str | None = None):
+    """(model, processor) of the built-in model, a demo, a folder or a hub repository, on the device, in eval mode.
+
+    Args:
+        name: "scenes-llava" (built in, trained), "demo:llava" and the like (untrained), a folder, or a hub name.
+        device: None takes the GPU if there is one.
+        dtype: of the weights; "auto" is the checkpoint's own, but float32 for half-precision ones on a CPU.
+        attention: "sdpa", "eager", "flash_attention_2" ...; None lets transformers choose.
 
     Raises:
         UserError: no such model, a broken or unfit checkpoint, or no such device.
     """
+    import torch
+
     device = _device(device)
+    check_model_name(name)
     if not sys.stderr.isatty():
         _silence_bars()
     kind, _, demo = name.partition(":")
@@ -61,13 +76,58 @@ def load_model(name: str, device: str | None, dtype: str):
     else:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        path = model_path(name) if name in _built_in() else name
         try:  # shows bars of its own
-            processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError, ImportError) as error:
+            processor = AutoProcessor.from_pretrained(path)
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        except Exception as error:  # a broken checkpoint raises anything
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"cannot load the model {name}: {reason}") from None
-    return model.to(device).eval(), processor
+    if attention is not None:
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{name} cannot use {attention} attention: {str(error).splitlines()[0]}") from None
+    if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
+        model = model.float()
+    try:
+        return model.to(device).eval(), processor
+    except torch.OutOfMemoryError:
+        raise UserError(f"{name} does not fit into the memory of {device}; try bfloat16 or several GPUs") from None
+
+
+def check_model_name(name: str) -> None:
+    """Find typing errors before anything is loaded or asked of the hub, whose names all have an owner.
+
+    Raises:
+        UserError: a bare name that is neither built in nor a folder here.
+    """
+    from prune.evals.demo import DEMOS
+
+    known = [*_built_in(), *(f"demo:{one}" for one in DEMOS)]
+    if name in known or Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"there is no folder {name}")
+    if "/" in name and not name.startswith("demo:"):
+        return
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UserError(
+        f"there is no model {name!r}.{hint} Built in are {', '.join(known)}; "
+        "otherwise give a folder or a hub name (org/name)"
+    )
+
+
+def model_path(name: str) -> Path:
+    """The folder of a built-in model, or the name as a path."""
+    return _built_in().get(name, Path(name))
+
+
+def _built_in() -> dict[str, Path]:
+    from prune.evals.scenes_model import CHECKPOINT
+
+    return {CHECKPOINT.name: CHECKPOINT}
 
 
 def _load_demo(name: str, dtype: str):

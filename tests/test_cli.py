@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from sklearn.datasets import load_sample_image
 from typer.testing import CliRunner
 
@@ -21,6 +23,7 @@ from prune.adapters.families import FAMILIES
 from prune.cli import app
 from prune.evals.demo import DEMOS, load_demo
 from prune.show import MARGIN
+from prune.tables import families_of, families_words, methods_table
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")).resize((672, 672))  # the size of a LLaVA panel
 
@@ -66,8 +69,9 @@ def test_list_json_equals_the_registry():
     rows = json.loads(good("list", "--json"))
     assert [row["name"] for row in rows] == prune.list_methods()
     for row in rows:
-        expected = asdict(prune.method_info(row["name"])) | {"families": [family.name for family in FAMILIES]}
+        expected = asdict(prune.method_info(row["name"])) | {"families": families_of(row["name"])}
         assert row == json.loads(json.dumps(expected, default=str))
+        assert list(row["families"]) == [family.name for family in FAMILIES]
 
 
 def test_list_prints_every_method_whole():
@@ -76,8 +80,23 @@ def test_list_prints_every_method_whole():
     for name in prune.list_methods():
         info = prune.method_info(name)
         (row,) = (line for line in table.splitlines() if line.split()[:1] == [name])
-        for text in (info.title, info.arxiv, info.where, ", ".join(info.signals)):
+        for text in (info.title, info.arxiv, info.where, ", ".join(info.signals), families_words(name)):
             assert text in row
+
+
+def test_a_narrow_terminal_gets_a_short_table_and_loses_nothing():
+    infos = [prune.method_info(name) for name in prune.list_methods()]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(methods_table(infos, console.width))
+    table = console.export_text()
+    assert "…" not in table and "4 of 8" in table and "prune list --json" in table
+    assert all(f" {name} " in table for name in prune.list_methods())
+
+
+def test_a_method_of_another_package_is_not_probed(monkeypatch):
+    monkeypatch.setattr("prune.tables._probed", dict)
+    row = json.loads(good("list", "dart", "--json"))[0]
+    assert row["families"] is None and "not probed" in good("list", "dart")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +282,7 @@ def test_wrong_usage(arguments, message):
     ("arguments", "message"),
     [
         (["--flops", "0.0001"], "out of reach"),
-        (["--model", "demo:gpt"], "there are demo:llava"),
+        (["--model", "demo:gpt"], "Built in are scenes-llava, demo:llava"),
         (["--model", "."], "cannot load the model"),
         (["--device", "toaster"], "device 'toaster'"),
         (["-m", "fastv", "--option", "layer=99"], "layer=99"),
