@@ -74,14 +74,13 @@ class Subject:
         with pruner:
             yield pruner
 
-    @torch.inference_mode()
-    def answer(self, items: Sequence[Item], max_new_tokens: int) -> Answers:
-        """Greedy answers to a batch, by the processor's chat template."""
+    def inputs(self, items: Sequence[Item]):
+        """What the model takes for a batch of questions, by the processor's chat template, on its device."""
         conversations = []
         for item in items:
             content = [{"type": "image", "image": image} for image in item.images]
             conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": item.question}]}])
-        inputs = self.processor.apply_chat_template(
+        return self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
@@ -89,6 +88,11 @@ class Subject:
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self.model.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def answer(self, items: Sequence[Item], max_new_tokens: int) -> Answers:
+        """Greedy answers to a batch."""
+        inputs = self.inputs(items)
         clock = Clock(self.model.device)
         tokens = self.model.generate(
             **inputs,

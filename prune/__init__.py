@@ -10,6 +10,7 @@ from prune._version import __version__
 from prune.apply import Handle, apply_pruner, get_handle
 from prune.budget import Budget, Geometry
 from prune.compose import Compose
+from prune.config import PrunerConfig
 from prune.errors import (
     AlreadyAttachedError,
     BudgetError,
@@ -24,10 +25,11 @@ from prune.errors import (
 from prune.method import Method, Reducer, Scorer, Site, Stage
 from prune.registry import MethodInfo, get_method, list_methods, method_info, register
 from prune.report import ImageReport, Report
-from prune.tokens import Merge, Reduction, VisualTokens
+from prune.tokens import AttentionInputs, Merge, Reduction, Tower, VisualTokens
 
 __all__ = [
     "AlreadyAttachedError",
+    "AttentionInputs",
     "Budget",
     "BudgetError",
     "CacheMismatchError",
@@ -41,12 +43,14 @@ __all__ = [
     "Method",
     "MethodInfo",
     "PruneError",
+    "PrunerConfig",
     "Reducer",
     "Reduction",
     "Report",
     "Scorer",
     "Site",
     "Stage",
+    "Tower",
     "UnknownMethodError",
     "UnsupportedMethodError",
     "UnsupportedModelError",

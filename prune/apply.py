@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from prune.budget import Budget
+from prune.config import PrunerConfig, find_config
 from prune.errors import BudgetError, ConfigError, UnsupportedModelError
 from prune.method import Method
 from prune.registry import get_method
@@ -17,7 +20,7 @@ from prune.report import Report
 
 def apply_pruner(
     model: nn.Module,
-    method: str | Method,
+    method: str | os.PathLike | Method,
     *,
     ratio: float | None = None,
     keep: int | None = None,
@@ -33,17 +36,19 @@ def apply_pruner(
 
     Args:
         model: a Hugging Face image-text-to-text model (see the README for the families), PEFT-wrapped or not.
-        method: a registered name (`list_methods()`), or a method object (`get_method(...)`, `Compose(...)`).
-        ratio, keep, average, flops: the budget, exactly one of them; see `Budget`. `ratio` is the share REMOVED.
+        method: a registered name (`list_methods()`), a method object (`get_method(...)`, `Compose(...)`), or a folder
+            (or file) that `save_pretrained` or `prune tune` wrote. A registered name wins over a folder of that name.
+        ratio, keep, average, flops: the budget, exactly one of them; see `Budget`. `ratio` is the share REMOVED. A
+            saved pruner brings its own, which one given here replaces.
         positions: "original" (kept tokens keep their position ids, gaps stay) or "compact" (renumbered without gaps;
             for methods that act before the decoder only). None takes the method's own.
-        **options: the method's options, when it is given by name.
+        **options: the method's options, when it is given by name; they replace those of a saved pruner.
 
     Returns:
         The handle; also a context manager that removes the pruner at its end.
 
     Raises:
-        UnknownMethodError, ConfigError: no such method, option or position policy.
+        UnknownMethodError, ConfigError: no such method, option, position policy or folder, or a broken config.
         BudgetError: not exactly one budget, or out of range.
         UnsupportedModelError: not a model we know how to attach to.
         UnsupportedMethodError: the model lacks what the method needs.
@@ -51,7 +56,14 @@ def apply_pruner(
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_pruner wants a model (torch.nn.Module), got {type(model).__name__}")
-    if isinstance(method, Method):
+    given = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
+    saved = find_config(method) if isinstance(method, str | os.PathLike) else None
+    if saved is not None:
+        as_saved = all(value is None for value in given.values())
+        method = saved.build(options, own_budgets=as_saved)
+        given = vars(saved.budget) if as_saved and saved.budget is not None else given
+        positions = saved.positions if positions is None else positions
+    elif isinstance(method, Method):
         if not is_dataclass(method):
             raise ConfigError(f"{type(method).__name__} must be a dataclass, so that its options say what it is")
         if options:
@@ -60,7 +72,6 @@ def apply_pruner(
         method = get_method(method, **options)
     else:
         raise ConfigError(f"method wants a name or a method object, got {type(method).__name__}")
-    given = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
     carries_own = getattr(method, "budgets", None) is not None
     if carries_own and any(value is not None for value in given.values()):
         raise BudgetError("this Compose has budgets of its own; give apply_pruner none, or Compose none")
@@ -138,6 +149,29 @@ class Handle:
             yield
         finally:
             self._engine.visual_mask = before
+
+    def save_pretrained(self, folder: str | os.PathLike, metrics: dict | None = None) -> Path:
+        """Write the pruner to `folder/pruner_config.json`; `apply_pruner(model, folder)` attaches it again.
+
+        Args:
+            folder: is made if it is not there.
+            metrics: numbers to keep with it, JSON-able.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ConfigError: the method is not registered, or the file cannot be written.
+        """
+        family = self._engine.parts.family.name
+        config = PrunerConfig.of(
+            self.method,
+            self.budget,
+            positions=self._engine.positions,
+            families=() if family == "unknown" else (family,),
+            metrics=metrics or {},
+        )
+        return config.save_pretrained(folder)
 
     def remove(self) -> None:
         """Take every hook off; the model is what it was before. Safe to call twice.

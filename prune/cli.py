@@ -1,4 +1,4 @@
-"""The command line: `prune list`, `prune show`, `prune env`; `prune eval` and `prune report` are in `prune.evals`.
+"""The command line: `prune list`, `show` and `env`; `prune eval`, `report` and `tune` are in `prune.evals`.
 
 Results go to stdout, everything else (progress, summaries, errors) to stderr; progress and summaries only when somebody
 is looking. Exit code 1 is a failure with its cause in a line or two, 2 wrong usage.

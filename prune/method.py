@@ -70,6 +70,7 @@ class Method:
         merges: True if dropped tokens are folded into kept ones.
         adaptive: True if the kept count depends on the content (then the budget is an upper bound).
         positions: "original" (kept tokens keep their position ids) or "compact" (renumbered): the paper's choice.
+        search: option -> range or choices that `prune tune` searches; None searches every numeric option.
         newlines: True if separator columns inside the image (`image_newline`) count as visual tokens.
     """
 
@@ -84,6 +85,7 @@ class Method:
     merges: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     positions: ClassVar[str] = "original"
+    search: ClassVar[Mapping[str, tuple] | None] = None
     newlines = False
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:

@@ -12,7 +12,7 @@ from prune.kernels import dot, unit
 from prune.kernels.dpp import dpp_map
 from prune.method import Reducer
 from prune.registry import register
-from prune.tokens import Reduction, VisualTokens
+from prune.tokens import Reduction, Tower, VisualTokens
 
 
 @register
@@ -48,6 +48,7 @@ class CDPruner(Reducer):
     title = "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs"
     arxiv = "2506.10967"
     signals = ("inputs",)
+    tower = {"features": Tower("features")}  # costs nothing, and with it `tokens.tile` is known on anyres models
     needs_question = True
     positions = "compact"
 

@@ -16,7 +16,7 @@ from prune.kernels.quota import quota_topk
 from prune.method import Reducer
 from prune.reducers.cdpruner import crops, text_relevance
 from prune.registry import register
-from prune.tokens import Reduction, VisualTokens
+from prune.tokens import Reduction, Tower, VisualTokens
 
 
 @register
@@ -63,6 +63,7 @@ class Script(Reducer):
     title = "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language Models"
     arxiv = "2512.01949"
     signals = ("inputs",)
+    tower = {"features": Tower("features")}  # costs nothing, and with it `tokens.tile` is known on anyres models
     needs_question = True
     positions = "compact"
 
