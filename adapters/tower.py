@@ -33,7 +33,7 @@ SIGNALS_OF = "prune_tower"  # attribute of the encoder's output: key -> tensor i
 PROJECTED = "prune_projected"  # the same for what the projector gave
 NORMED = "normed"  # the output of the norm after the last layer
 CLS_KINDS = ("cls_attention", "joint_cls_attention", "cls_value_similarity")
-Key = tuple  # (kind, layer index), and the threshold if the kind has one; ("features", None) is what the projector reads
+Key = tuple  # (kind, layer index), and the threshold if there is one; ("features", None) is what the projector reads
 
 
 # -------------------------------------------------------------------------------------------------- what is wanted

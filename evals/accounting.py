@@ -204,9 +204,9 @@ TOWER_SIGNAL_FLOPS: dict[str, Callable[..., int]] = {
     "received_attention": _all_rows,
     "important_attention": _important_rows,
 }
-"""The same for kinds of `prune.tokens.Tower`, whose q, k and v the encoder has computed anyway: (encoding, layer, width,
-threshold if there is one) -> products of one row per tile with all others, of some rows, or of all. What pads windows
-of different sizes is left out."""
+"""The same for kinds of `prune.tokens.Tower`, whose q, k and v the encoder has computed anyway: products of one row
+per tile with all others, of some rows, or of all. The last argument is the threshold, if there is one. What pads
+windows of different sizes is left out."""
 
 MADE_OF = {"important_attention": "received_attention"}
 """Kinds that need another one, which a layer makes once for all of them."""

@@ -309,4 +309,4 @@ def _plain(value) -> str:
 def _stdout() -> Console:
     """Wide enough for whole lines when piped; without colours then."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=400)
+    return console if console.is_terminal else Console(highlight=False, width=1000)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from prune.budget import Budget, Geometry
 from prune.errors import ConfigError
-from prune.method import Method, Stage
+from prune.method import Method, Site, Stage
+
+DEPTHS = (16, 32, 64)
+"""Decoder layers of small and large models. What fits none of them is refused before there is a model."""
 
 
 @dataclass(init=False)
@@ -23,7 +26,8 @@ class Compose(Method):
         >>> apply_pruner(model, Compose(get_method("divprune"), get_method("fastv", layer=8)), ratio=0.9)
 
     Args:
-        members: methods in the order data meets them; their sites must ascend.
+        members: methods in the order data meets them; their sites must ascend. For members that place themselves by the
+            depth of the decoder, `apply_pruner` checks that again.
         budgets: one `Budget(ratio=...)` or `Budget(keep=...)` per member.
 
     Raises:
@@ -38,9 +42,9 @@ class Compose(Method):
     def __init__(self, *members: Method, budgets: Sequence[Budget] | None = None):
         if len(members) < 2 or not all(isinstance(member, Method) for member in members):
             raise ConfigError("Compose wants at least two method objects, such as two get_method(...)")
-        sites = [site for member in members for site in member.sites()]
-        if any(a >= b for a, b in zip(sites, sites[1:])):
-            raise ConfigError(f"the sites of composed methods must ascend, got {', '.join(map(str, sites))}")
+        sites = _sites(members, 32)
+        if not any(_ascend(_sites(members, layers)) for layers in DEPTHS):
+            raise _conflict(sites)
         if any(getattr(member, "budgets", None) is not None for member in members):
             raise ConfigError("a composed method may not carry budgets of its own; list its members and theirs instead")
         if budgets is not None:
@@ -53,6 +57,7 @@ class Compose(Method):
         self.merges = any(member.merges for member in members)
         self.newlines = any(member.newlines for member in members)
         self.signals = tuple(dict.fromkeys(signal for member in members for signal in member.signals))
+        self.tower = {f"{i}.{name}": spec for i, m in enumerate(members) for name, spec in m.tower.items()}
         before_decoder = all(site.kind == "projected" for site in sites)
         compact = before_decoder and all(member.positions == "compact" for member in members)
         self.positions = "compact" if compact else "original"
@@ -80,4 +85,22 @@ class Compose(Method):
             reached = Geometry(**{**vars(geometry), "visual_tokens": n})
             stages += member.plan(reached, budget.solve(reached, lambda k: [k]))
             n = stages[-1].keep
+        # Again, for members that scale their layers with the decoder's depth.
+        if not _ascend(sites := [stage.site for stage in stages]):
+            raise _conflict(sites, f" in a decoder of {geometry.layers} layers")
         return tuple(stages)
+
+
+def _sites(members: Sequence[Method], layers: int) -> list[Site]:
+    return [site for member in members for site in member.sites(layers)]
+
+
+def _ascend(sites: Sequence[Site]) -> bool:
+    return all(a < b for a, b in zip(sites, sites[1:]))
+
+
+def _conflict(sites: Sequence[Site], where: str = "") -> ConfigError:
+    return ConfigError(
+        f"the sites of composed methods must ascend, got {', '.join(map(str, sites))}{where}; "
+        "change their order or their layers"
+    )

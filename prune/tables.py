@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 
 from rich import box
 from rich.table import Table
@@ -10,40 +13,65 @@ from rich.table import Table
 from prune.adapters.families import FAMILIES
 from prune.registry import MethodInfo
 
-NARROW = 120
+NARROW = 160
+FLAGS = ("merges", "adaptive", "question")
 
 
-def families_of(method: str) -> tuple[str, ...]:
-    """Names of the model families a method works on. Today's signals exist in every one of them."""
-    return tuple(family.name for family in FAMILIES)
+@cache
+def _probed() -> dict[str, dict[str, str]]:
+    return json.loads(files("prune").joinpath("capabilities.json").read_text(encoding="utf-8"))
+
+
+def families_of(method: str) -> dict[str, str] | None:
+    """Model family -> "works", or why a method refuses it, as `tests/capabilities.py` found out by running it.
+
+    None for a method that was not probed, such as one of another package.
+    """
+    return _probed().get(method)
+
+
+def families_words(method: str) -> str:
+    """The same in a few words: "all", "all but A, B (why)", or "not probed"."""
+    found = families_of(method)
+    if found is None:
+        return "not probed"
+    refused: dict[str, list[str]] = {}
+    for family, outcome in found.items():
+        if outcome != "works":
+            refused.setdefault(outcome, []).append(family)
+    if not refused:
+        return "all"
+    return "all but " + ", ".join(f"{', '.join(names)} ({why})" for why, names in refused.items())
 
 
 def methods_table(infos: Sequence[MethodInfo], width: int) -> Table:
-    """For a terminal of `width` columns; a narrow one gets arXiv numbers in place of titles."""
+    """For a terminal of `width` columns.
+
+    A narrow one gets arXiv numbers in place of titles, properties in one column, and how many families work.
+    """
     narrow = width < NARROW
-    everywhere = tuple(family.name for family in FAMILIES)
-    families = {info.name: families_of(info.name) for info in infos}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    table.caption = f"all families: {', '.join(everywhere)}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
+    table.caption = f"all families: {', '.join(family.name for family in FAMILIES)}"
     table.add_column("method", style="bold cyan", no_wrap=True)
     table.add_column("paper", no_wrap=narrow)
-    table.add_column("acts at", no_wrap=True)
+    table.add_column("acts at", no_wrap=not narrow, overflow="fold")
     table.add_column("needs", overflow="fold")
-    for heading in ("merges", "adaptive", "question"):
-        table.add_column(heading, justify="center", no_wrap=True)
-    if not narrow or set(families.values()) != {everywhere}:
-        table.add_column("families", min_width=len("families"))
+    for heading in ("is",) if narrow else FLAGS:
+        table.add_column(heading, justify="left" if narrow else "center")
+    table.add_column("families", no_wrap=narrow)
     for info in infos:
-        arxiv = f"arXiv:{info.arxiv}" if info.arxiv else ""
-        cells = (
-            info.name,
-            info.arxiv or "-" if narrow else f"{info.title} {arxiv}",
-            info.where,
-            ", ".join(info.signals) or "-",
-            *_flags(info),
-            "all" if families[info.name] == everywhere else ", ".join(families[info.name]),
-        )
-        table.add_row(*cells[: len(table.columns)])
+        flags, found = _flags(info), families_of(info.name)
+        if narrow:
+            words = [name for name, flag in zip(FLAGS, flags) if flag == "yes"]
+            paper, flags = info.arxiv or "-", [", ".join(words) or "-"]
+            families = families_words(info.name)
+            if families.startswith("all but"):
+                families = f"{list(found.values()).count('works')} of {len(found)}"
+                table.caption = "`prune list --json` says which families refuse a method, and why"
+        else:
+            paper = f"{info.title} arXiv:{info.arxiv}" if info.arxiv else info.title
+            families = families_words(info.name)
+        table.add_row(info.name, paper, info.where, ", ".join(info.signals) or "-", *flags, families)
     return table
 
 
@@ -53,9 +81,8 @@ def methods_markdown(infos: Sequence[MethodInfo]) -> str:
     for info in infos:
         paper = f"[{info.title}](https://arxiv.org/abs/{info.arxiv})" if info.arxiv else info.title
         signals = ", ".join(f"`{signal}`" for signal in info.signals) or "-"
-        families = families_of(info.name)
-        where = "all" if len(families) == len(FAMILIES) else ", ".join(families)
-        rows.append((f"`{info.name}`", paper, f"`{info.where}`", signals, *_flags(info), info.positions, where))
+        families = families_words(info.name)
+        rows.append((f"`{info.name}`", paper, f"`{info.where}`", signals, *_flags(info), info.positions, families))
     headings = ("method", "paper", "acts at", "signals", "merges", "adaptive", "question", "positions", "families")
     return _markdown(headings, rows)
 

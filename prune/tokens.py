@@ -72,7 +72,7 @@ class Tower:
         if self.kind != "important_attention":
             if self.threshold is not None:
                 raise ConfigError(f"threshold={self.threshold!r} is for important_attention only, not {self.kind}")
-        elif not isinstance(self.threshold, int | float) or not 0 <= self.threshold < math.inf:
+        elif type(self.threshold) not in (int, float) or not 0 <= self.threshold < math.inf:
             raise ConfigError(f"threshold={self.threshold!r} must be a number >= 0 for important_attention")
 
 

@@ -269,8 +269,11 @@ def test_tower_signals_are_priced(kind):
     for family in ("internvl", "qwen2_5_vl"):
         if "cls" in kind and family == "qwen2_5_vl":
             continue  # no class token
-        towers = {"a": Tower(kind)} if kind == "pixels" else {"a": Tower(kind, 0), "b": Tower(kind, 1)}
-        towers["again"] = Tower(kind) if kind == "pixels" else Tower(kind, 0)
+        given = {"threshold": 3.3} if kind == "important_attention" else {}
+        layers = [None] * 2 if kind == "pixels" else [0, 1]
+        towers = {name: Tower(kind, layers[number], **given) for name, number in (("a", 0), ("b", 1), ("again", 0))}
+        if given:  # what these are made of is made once
+            towers |= {"sharper": Tower(kind, 0, 7.0), "all": Tower("received_attention", 0)}
         check(tiny.shared(family), Given("reads", given=Reads(None, (), towers)), collate(one(family)))
 
 

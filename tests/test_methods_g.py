@@ -16,7 +16,7 @@ from prune.kernels.attention import received_attention, row_attention
 from prune.kernels.bipartite import bipartite_merge
 from prune.kernels.depth import ascending
 from prune.kernels.merging import chosen_indices, folds
-from prune.kernels.rows import important_attention, mean_row_attention
+from prune.kernels.rows import important_attention, important_rows, mean_row_attention
 from prune.kernels.tiles import tile_groups, tile_shares
 from prune.method import alive
 from prune.reducers import ficoco, transprune, vflowopt
@@ -25,11 +25,21 @@ from prune.reducers.flowcut import Encoded, Instructed, schedule
 from prune.reducers.framefusion import Attended, Fusing, fuse
 from prune.tokens import AttentionInputs
 
+
+class Presets(vflowopt.VFlowOpt):
+    """Without the map of one threshold: those of the presets are left, as the engine gives them."""
+
+    def reduce(self, tokens, keep):
+        tower = {name: tokens.tower[name] for name in self.tower}
+        return super().reduce(replace(tokens, tower=tower), keep)
+
+
 STAGES = {
     "transprune": get_method("transprune"),
     "transprune-compat": get_method("transprune", compat=True, alpha=0.3),
     "vflowopt": get_method("vflowopt", cell=2.0),
     "vflowopt-later": get_method("vflowopt", recycle=False, alpha=0.5),
+    "vflowopt-presets": Presets(),
     "ficoco": get_method("ficoco", quantile=0.9),
     "ficoco-compat": get_method("ficoco", compat=True, quantile=0.8),
     "aim-merging": Merging(),
@@ -38,6 +48,7 @@ STAGES = {
     "framefusion-fusing": Fusing(0.2, 0.3),
     "framefusion-cut": Attended(),
     "flowcut-encoder": Encoded(),
+    "flowcut-received": Encoded("received"),
     "flowcut-decoder": Instructed(),
 }
 EVERY = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
@@ -89,6 +100,7 @@ def make(lengths, texts=(3,), seed=0, dtype=torch.float32, garbage=math.nan, vid
     tower = {"attention": fill(mask, positive=True).float(), "metric": fill(mask, 2, 4), "pixels": fill(mask, 3 * 4)}
     for number in range(4):
         tower |= {f"attention{number}": fill(mask, positive=True).float(), f"values{number}": fill(mask, 3, 4)}
+        tower |= {f"similar{number}": fill(mask, positive=True).float()}
     still = tile * 0
     return VisualTokens(
         features=fill(mask, 12),
@@ -215,6 +227,7 @@ def test_constant_inputs(stage, value, n):
         ("vflowopt", {"layers": ()}),
         ("vflowopt", {"cell": 0.5}),
         ("vflowopt", {"alpha": math.nan}),
+        ("vflowopt", {"threshold": -1.0}),
         ("ficoco", {"variant": "v"}),
         ("ficoco", {"variant": "x"}),
         ("ficoco", {"layers": (0, 1)}),
@@ -402,22 +415,68 @@ def test_vflowopt_schedule():
         ]
         found = sum(alive(geometry, method.stages(geometry, Budget(average=nominal)))) / 28 / n
         assert found == pytest.approx(nominal, abs=0.002)
-        assert stages[0].reducer.cell == dict((s, c) for c, s in vflowopt.PRESETS)[shares]
+        nearest = vflowopt.nearest_preset([one], torch.ones(1, n, dtype=torch.bool))
+        assert vflowopt.PRESETS[nearest[0]][1] == shares
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0, 1.3, 50.0])
-def test_important_attention(threshold):
+def test_vflowopt_presets():
+    """Every image has the threshold and the cells of its own preset, and keeps the map it had at the first cut."""
+    tokens, keep = make([27, 26, 25, 27], video=False), [4, 6, 16, 27]  # 0.15, 0.23, 0.64, 1
+    chosen = [0, 1, 2, 2]
+    del tokens.tower["attention"]
+    method = get_method("vflowopt")
+    reduction = method.reduce(tokens, keep)
+    for b, number in enumerate(chosen):
+        (cell, threshold), _ = vflowopt.PRESETS[number]
+        alone = row(make([27, 26, 25, 27], video=False), b)
+        alone.tower["attention"] = alone.tower[f"attention{number}"]
+        given = get_method("vflowopt", cell=cell, threshold=threshold)
+        assert method.tower[f"attention{number}"] == given.tower["attention"]
+        assert kept(given.reduce(alone, keep[b : b + 1]))[0] == kept(reduction)[b]
+    later = pick(tokens, reduction)
+    later.tower = {}
+    carried = method.importance(later, [1] * 4)
+    for b, number in enumerate(chosen):
+        close(carried[b, : keep[b]], tokens.tower[f"attention{number}"][b, kept(reduction)[b]])
+
+
+def test_vflowopt_cells_of_presets():
+    """17, 16 and 12 tokens wide: an image of 300 tokens has room for 0, 1 and 2 of them."""
+    tokens = make([300] * 3, video=False)
+    tokens.coordinates = torch.stack([torch.zeros(300, dtype=torch.long)] * 3 + [torch.arange(300) % 30], 1)
+    tokens.coordinates[:, 2] = torch.arange(300) // 30
+    tokens.coordinates = tokens.coordinates.expand(3, -1, -1)
+    folded = get_method("vflowopt").reduce(tokens, [30, 80, 210]).merge
+    assert [len(set(slot[weight > 0].tolist())) for slot, weight in zip(folded.slot, folded.weight)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("head", [0, 1])
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 1.3, 2.5, 50.0])
+def test_important_attention(threshold, head):
+    """Of whatever rows that are not among the first `head` ones."""
     q, k = torch.randn(2, 3, 9, HEADS, DIM)[0], torch.randn(3, 9, KV_HEADS, DIM)
     valid = torch.arange(9) < torch.tensor([9, 6, 1])[:, None]
     q[1, 6:], k[1, 6:] = CALM, math.nan
-    found = important_attention(q, k, 0.4, threshold, valid, chunk=4)
+    candidates = (torch.arange(9) >= head).expand(3, -1) if head else None
+    found = important_attention(q, k, 0.4, threshold, valid, candidates, chunk=2)
     for b, n in enumerate([9, 6, 1]):
         weights = row_attention(q[b : b + 1, :n], k[b : b + 1, :n], 0.4)[0].double().mean(0)
-        rows = weights.mean(0) > threshold / n
+        received = weights.mean(0)
+        rows = (received > threshold * received[head:].mean()) & (torch.arange(n) >= head)
         rows = rows if rows.any() else torch.ones(n, dtype=torch.bool)
         close(found[b, :n], weights[rows].mean(0))
-    if threshold == 0:
-        close(found, received_attention(q, k, 0.4, valid))
+    received = received_attention(q, k, 0.4, valid, chunk=2)
+    assert torch.equal(found, important_attention(q, k, 0.4, threshold, valid, candidates, received, chunk=2))
+    if threshold == 0 and not head:
+        close(found, received)
+
+
+@repeatable
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.floats(0, 60))
+def test_important_rows(received, threshold):
+    """There is room for all that are important."""
+    received = torch.tensor(received)
+    assert int((received > threshold * received.mean()).sum()) <= important_rows(len(received), threshold)
 
 
 # ----------------------------------------------------------------------------------------------------------- FiCoCo
@@ -616,10 +675,11 @@ def test_framefusion_still_image():
 
 
 # ---------------------------------------------------------------------------------------------------------- FlowCut
-def test_flowcut_encoder_by_hand():
+@pytest.mark.parametrize("score", ["cls", "received"])
+def test_flowcut_encoder_by_hand(score):
     lengths, keep = [20, 9], [7, 4]
     tokens = make(lengths, video=False)
-    reduction = Encoded().reduce(tokens, keep)
+    reduction = Encoded(score).reduce(tokens, keep)
     for b, n in enumerate(lengths):
         chosen = []
         for tile, share in {20: ((0, 3), (1, 3), (2, 1)), 9: ((0, 4),)}[n]:
@@ -628,6 +688,9 @@ def test_flowcut_encoder_by_hand():
                 attention = tokens.tower[f"attention{number}"][b, span].double()
                 values = tokens.tower[f"values{number}"][b, span].double()
                 similar = sum((values[:, h] @ values[:, h].mean(0)).softmax(0) for h in range(3)) / 3
+                if score == "cls":
+                    similar = tokens.tower[f"similar{number}"][b, span].double()
+                    similar = similar / similar.sum()
                 flow = (attention / attention.sum() + similar) * values.mean(1).abs().sum(1)
                 total = flow if total is None else 0.5 * total + 0.5 * flow
             chosen += (9 * tile + total.topk(share).indices).tolist()
@@ -679,7 +742,9 @@ def test_flowcut_schedule():
     assert [(str(s.site), s.keep) for s in encoder.plan(Geometry(576), 64)] == [("projected", 64)]
     assert both.needs_question and both.signals and not encoder.needs_question and not encoder.signals
     assert {spec.layer for spec in both.tower.values()} == {19 / 24, 20 / 24, 21 / 24, 22 / 24}
-    assert "cls_attention" not in {spec.kind for spec in get_method("flowcut", score="received").tower.values()}
+    kinds = {name[:-1]: spec.kind for name, spec in both.tower.items()}
+    assert kinds == {"attention": "cls_attention", "similar": "cls_value_similarity", "values": "values"}
+    assert not any("cls" in spec.kind for spec in get_method("flowcut", score="received").tower.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels

@@ -22,6 +22,7 @@ from prune.tokens import TOWER_KINDS, Tower
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 WITH_CLS = ("llava", "llava_next", "llava_next_video", "internvl")
 LAYERS = (None, 0, -1, 0.5)
+THRESHOLD = 1.68  # in most tiles of the tiny towers some patches receive more than that, in some of them none does
 ENCODES_FIRST = hasattr(GenerationMixin, "_expand_multimodal_outputs")  # transformers >= 5.18
 
 
@@ -54,9 +55,14 @@ class Spy(Reducer):
         return Reduction(*topk_indices(tokens.features.float().norm(dim=-1), keep, tokens.mask))
 
 
-def all_specs(family):
+def all_specs(family, layers=LAYERS, threshold=THRESHOLD):
+    """Name -> arguments of `Tower`."""
     kinds = [kind for kind in TOWER_KINDS if family in WITH_CLS or "cls" not in kind]
-    return {f"{kind} {layer}": (kind, layer) for kind in kinds for layer in LAYERS}
+    return {
+        f"{kind} {layer}": (kind, layer, *[threshold] * (kind == "important_attention"))
+        for kind in kinds
+        for layer in layers
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- the oracle
@@ -70,12 +76,21 @@ def index_of(family, layer):
     return layer % count
 
 
-def by_patch(family, medium, kind, layer):
+def by_patch(family, medium, kind, layer, threshold):
     """`[tiles, patches, ...]`, in the encoder's order, without CLS; for Qwen `[tokens, g, ...]` in token order."""
-    return (_qwen if family in QWEN else _fixed)(family, medium, kind, layer)
+    return (_qwen if family in QWEN else _fixed)(family, medium, kind, layer, threshold)
 
 
-def _fixed(family, medium, kind, layer):
+def mean_important_row(weights, threshold, cls):
+    """The mean of the rows of attention `[L, L]` whose patches receive much; of all rows if none does."""
+    received = weights.mean(0)
+    bar = threshold * received[cls:].mean()
+    assert ((received - bar).abs() > 1e-5 * bar).all()  # the oracle and the signal agree on which are important
+    rows = [row for row in range(cls, len(weights)) if received[row] > bar]
+    return weights[rows].mean(0) if rows else received
+
+
+def _fixed(family, medium, kind, layer, threshold):
     model = pristine(family, "eager")
     core = model.model
     tower, at, pixels = core.vision_tower, index_of(family, layer), medium.pixels
@@ -98,11 +113,16 @@ def _fixed(family, medium, kind, layer):
     if kind == "joint_cls_attention":
         q, k = attention.q_proj(normed), attention.k_proj(normed)
         return ((q[:, :1] @ k.transpose(1, 2)) * 24**-0.5).softmax(-1)[:, 0, 1:]
+    if kind == "cls_value_similarity":
+        v = attention.v_proj(normed).unflatten(-1, (3, 8)).transpose(1, 2)
+        return (v[:, :, :1] @ v.transpose(2, 3)).softmax(-1)[:, :, 0, 1:].mean(1)
     weights = out.attentions[at]
+    if kind == "important_attention":
+        return torch.stack([mean_important_row(tile, threshold, cls) for tile in weights.mean(1)])[:, cls:]
     return (weights[:, :, 0] if kind == "cls_attention" else weights.mean(2)).mean(1)[:, cls:]
 
 
-def _qwen(family, medium, kind, layer):
+def _qwen(family, medium, kind, layer, threshold):
     core = pristine(family, "eager").model
     tower, at = core.visual, index_of(family, layer)
     if kind == "pixels":
@@ -133,14 +153,15 @@ def _qwen(family, medium, kind, layer):
             bounds = seen["cu_seqlens"].tolist()
             for start, end in zip(bounds, bounds[1:]):
                 logits = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * q.shape[-1] ** -0.5
-                rows.append(logits.softmax(-1).mean((0, 1)))
+                weights = logits.softmax(-1).mean(0)
+                rows.append(weights.mean(0) if threshold is None else mean_important_row(weights, threshold, 0))
             rows = torch.cat(rows)
     return rows.unflatten(0, (-1, 4))[order]
 
 
-def by_token(family, medium, kind, layer):
+def by_token(family, medium, kind, layer, threshold=None):
     """`[tokens, ...]` of one image or video, separators included, by the model's own functions."""
-    x = by_patch(family, medium, kind, layer)
+    x = by_patch(family, medium, kind, layer, threshold)
     concat = kind in ("features", "pixels")
     if family in QWEN:
         return x.flatten(1) if concat else x.mean(1)
@@ -195,9 +216,8 @@ def check(family, seen, media, newlines=False):
         real = ~newline_rows(family, medium) | newlines
         n = int(real.sum())
         assert seen.mask[row].tolist() == [True] * n + [False] * (seen.mask.shape[1] - n)
-        for kind, layer in all_specs(family).values():
-            got = seen.tower[f"{kind} {layer}"][row, :n]
-            assert_close(got, by_token(family, medium, kind, layer)[real])
+        for name, spec in all_specs(family).items():
+            assert_close(seen.tower[name][row, :n], by_token(family, medium, *spec)[real])
         projected = seen.projector(seen.tower["features None"][row, :n])
         resized = (family, medium.modality) == ("llava_onevision", "video") or medium.size == (60, 62)
         if not resized and not newlines:  # a resized feature is the mean of projected ones
@@ -307,7 +327,7 @@ def test_generate_with_a_video_and_an_image(family):
 def test_a_later_stage_sees_the_survivors(family, attn):
     """A stage inside the decoder is shown the same numbers, of the tokens that are left."""
     samples = mixed_batch(family)
-    specs = {f"{kind} None": (kind, None) for kind in TOWER_KINDS if family in WITH_CLS or "cls" not in kind}
+    specs = all_specs(family, [None])
     first, second = Spy(specs), Spy(specs, layer=2)
     method = Compose(first, second, budgets=[Budget(keep=7), Budget(keep=2)])
     with apply_pruner(shared(family, attn), method) as handle:
@@ -326,15 +346,16 @@ def test_a_later_stage_sees_the_survivors(family, attn):
 def test_bfloat16(family):
     """Attention is in fp32, the rest in the model's dtype, near the fp32 model's."""
     model, samples = tiny.build(family, dtype=torch.bfloat16), mixed_batch(family)
-    specs = {f"{kind} 0": (kind, 0) for kind in TOWER_KINDS if family in WITH_CLS or "cls" not in kind}
+    specs = all_specs(family, [0], threshold=0.0)  # rounding moves patches across any other
     spy = Spy(specs)
     with apply_pruner(model, spy, keep=2):
         model(**collate(samples, dtype=torch.bfloat16))
-    for name, (kind, layer) in specs.items():
+    for name, spec in specs.items():
         got = spy.seen.tower[name]
-        assert got.dtype == (torch.float32 if "attention" in kind else torch.bfloat16)
+        scored = spec[0].endswith(("attention", "similarity"))
+        assert got.dtype == (torch.float32 if scored else torch.bfloat16)
         for row, medium in enumerate(media_of(samples)):
-            want = by_token(family, medium, kind, layer)[~newline_rows(family, medium)]
+            want = by_token(family, medium, *spec)[~newline_rows(family, medium)]
             assert_close(got[row, : len(want)].float(), want, 0.08)
 
 
@@ -550,6 +571,14 @@ def test_unknown_kind_and_layer():
             Tower("keys", layer)
 
 
+@pytest.mark.parametrize("threshold", [None, -0.1, math.inf, math.nan, "1", True])
+def test_a_threshold_is_a_number(threshold):
+    with pytest.raises(ConfigError, match="threshold"):
+        Tower("important_attention", threshold=threshold)
+    with pytest.raises(ConfigError, match="important_attention only"):
+        Tower("received_attention", threshold=1.0)
+
+
 @pytest.mark.parametrize("layer", [3, -4])
 def test_layer_out_of_range(layer):
     with pytest.raises(ConfigError, match="layers 0 to 2"):
@@ -557,7 +586,7 @@ def test_layer_out_of_range(layer):
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITH_CLS])
-@pytest.mark.parametrize("kind", ["cls_attention", "joint_cls_attention"])
+@pytest.mark.parametrize("kind", ["cls_attention", "joint_cls_attention", "cls_value_similarity"])
 def test_no_cls(family, kind):
     with pytest.raises(UnsupportedMethodError, match=r"no CLS token; methods that work: .*divprune"):
         apply_pruner(shared(family), Spy({"a": (kind, None)}), keep=2)

@@ -39,8 +39,8 @@ class FlowCut(Method):
     The encoder's cut is an APPROXIMATION until methods can act inside the vision encoder: the authors prune after every
     second layer, so that later layers work on the survivors (`schedule` is that, on given layers). Here the whole
     encoder runs, the scores of the last four layers that count are averaged (older ones weigh 6 % together), and the
-    best are taken at once. CLS's value is no signal: similarity is to the mean value of the tile, which the paper takes
-    where there is no CLS.
+    best are taken at once. Similarity is a softmax of products with CLS's value; without CLS, with the mean value of
+    the tile, as in the paper.
 
     Where we differ from the authors' code beside that:
         - tiles share the count in proportion to their tokens; the code gives every tile half the target, so that the
@@ -48,13 +48,14 @@ class FlowCut(Method):
         - positions are kept in the decoder; the code renumbers;
         - every image of a sample has its own budget; the code takes all from the first placeholder on for the image.
 
-    Cost: O(N H d) per encoder layer read and in the decoder. Signals: CLS attention and values of four encoder layers;
-    attention of the decoder.
+    Cost: O(N H d) per encoder layer read and in the decoder. Signals: CLS attention, similarity to CLS's value, and
+    values of four encoder layers; attention of the decoder.
 
     Args:
         layer: the first decoder layer that sees the final tokens only, at least 1; None prunes before the decoder only.
         share: tokens the encoder's cut leaves, in units of the final count, at least 1.
-        score: "cls", or "received" for encoders without a CLS token: mean attention of all patches instead.
+        score: "cls", or "received" for encoders without a CLS token: mean attention of all patches, and similarity to
+            the mean value, instead.
 
     Raises:
         ConfigError: an option is out of range.
@@ -102,10 +103,10 @@ class Encoded(Reducer):
 
     @property
     def tower(self) -> dict[str, Tower]:
-        kind = {"cls": "cls_attention", "received": "received_attention"}[self.score]
-        found = {}
-        for number, depth in enumerate(DEPTHS):
-            found |= {f"attention{number}": Tower(kind, depth), f"values{number}": Tower("values", depth)}
+        kinds = {"attention": "received_attention", "values": "values"}
+        if self.score == "cls":
+            kinds |= {"attention": "cls_attention", "similar": "cls_value_similarity"}
+        found = {f"{name}{i}": Tower(kind, depth) for i, depth in enumerate(DEPTHS) for name, kind in kinds.items()}
         return MappingProxyType(found)
 
     def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
@@ -114,7 +115,7 @@ class Encoded(Reducer):
         for number in range(len(DEPTHS)):
             attention, values = (tokens.tower[f"{name}{number}"].float() for name in ("attention", "values"))
             values = values.masked_fill(~tokens.mask[..., None, None], 0)
-            similar = similarity(values, group)
+            similar = tokens.tower[f"similar{number}"] if self.score == "cls" else similarity(values, group)
             flow = attention / group_sum(attention, group) + similar / group_sum(similar, group)
             flow = flow.nan_to_num(0.0) * strength(values)
             mean = flow if mean is None else (mean + flow) / 2

@@ -21,30 +21,33 @@ from prune.tokens import Merge, Reduction, Tower, VisualTokens
 
 LAYERS, OF = (9, 18), 28
 PRESETS = (
-    (17.387, (0.11661529508161146, 1.0, 0.6011)),
-    (15.581, (0.2651026358526424, 0.9833433139039235, 0.8773258179532721)),
-    (11.757, (0.7233201448753168, 0.748747637472693, 0.487)),
+    ((17.387, 39.265), (0.11661529508161146, 1.0, 0.6011)),
+    ((15.581, 34.760), (0.2651026358526424, 0.9833433139039235, 0.8773258179532721)),
+    ((11.757, 28.683), (0.7233201448753168, 0.748747637472693, 0.487)),
 )
-"""Released cell side and share each stage retains, for a mean of 10 %, 25 % and 50 % of the tokens over the layers."""
+"""Released (cell side, threshold) and share each stage retains, for a mean of 10 %, 25 % and 50 % of the tokens over
+the layers."""
+MAPS = tuple(f"attention{number}" for number in range(len(PRESETS)))
+"""Names of the signals where every preset's threshold is read."""
 
 
 @register
 @dataclass
 class VFlowOpt(Reducer):
-    """Prune before the decoder and twice inside by the attention patches receive, folding what the first cut drops.
+    """Prune before the decoder and twice inside by what important patches attend to, folding what the first cut drops.
 
     Based on "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization"
-    (arXiv 2508.05211). One importance map of the vision encoder ranks the tokens at all three cuts. The first cut also
-    drops one more token for every `cell` x `cell` square an image has room for; per square of the grid, what is
-    dropped is averaged with the importance as weight and put back at the square's most important dropped token.
+    (arXiv 2508.05211). One importance map of the vision encoder ranks the tokens at all three cuts: the attention a
+    patch receives from those that receive more than `threshold` times the mean. The first cut also drops one more token
+    for every `cell` x `cell` square an image has room for; per square of the grid, what is dropped is averaged with the
+    importance as weight and put back at the square's most important dropped token.
 
-    Retained shares were found by the authors by Bayesian search for three budgets (`PRESETS`, LLaVA-OneVision); a final
-    count equal to one of theirs gives exactly its counts, others interpolate linearly in the final share.
+    All of it was found by the authors by Bayesian search for three budgets (`PRESETS`, LLaVA-OneVision). A final count
+    equal to one of theirs gives exactly its counts, others interpolate linearly in the final share. `threshold` and
+    `cell` do not: every image takes those of the preset whose first cut leaves the most similar share.
 
     Where paper, authors' code and we differ:
-        - the map is the attention received from ALL patches. Theirs is that from patches that receive more than t times
-          the mean (t = 28.7, 34.8, 39.3), NaN if there are none: `prune.kernels.rows.important_attention` makes it,
-          but no signal of the tower delivers it yet;
+        - a tile in which no patch is important has the attention received from all of them; the code has NaN;
         - counts are exact: as many of the best squares as the count has room for, filled up with the best dropped
           tokens. `compat=True` keeps one token per square, however many there are: the code's 258 becomes 263, and
           the budget of the first cut is no bound;
@@ -54,11 +57,15 @@ class VFlowOpt(Reducer):
         - nothing is recycled in videos, as in the code, which does not in prompts with several images either; we do;
         - separators, if counted, have importance 1 and are never folded, as in the code.
 
-    Cost: a few sorts of N values per stage. Signals: attention received by the patches; pixels if `alpha` is not 0.
+    Cost: a few sorts of N values per stage. Signals: attention from the important patches, for all presets unless
+    `threshold` is given (the encoder runs before the counts are known; three cost 6 % more than one); pixels if `alpha`
+    is not 0.
 
     Args:
         layers: the two decoder layers in front of which the later cuts are. None: 9 and 18 of 28, or as deep elsewhere.
         cell: side of the squares in tokens, at least 1; None takes the nearest preset's.
+        threshold: what makes a patch important, at least 0; None takes the nearest preset's. In a tile of fewer patches
+            (the presets have 29 to 39, SigLIP's tiles 729) none can receive that much.
         alpha: weight of the patches' entropy (softmax over a tile); 0 in all released settings. Read from pixels of
             encoders with one patch per token.
         recycle: False drops without folding.
@@ -75,6 +82,7 @@ class VFlowOpt(Reducer):
     recycle: bool = True
     compat: bool = False
     newlines: bool = False
+    threshold: float | None = None
 
     name = "vflowopt"
     title = "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization"
@@ -91,45 +99,64 @@ class VFlowOpt(Reducer):
         if not math.isfinite(self.alpha):
             raise ConfigError(f"alpha={self.alpha!r} must be a finite number")
         self.adaptive = self.compat
+        self.tower  # noqa: B018 - checks the threshold
 
     @property
     def tower(self) -> dict[str, Tower]:
-        pixels = {"pixels": Tower("pixels")} if self.alpha else {}
-        return {"attention": Tower("received_attention"), **pixels}
+        thresholds = {"attention": self.threshold}
+        if self.threshold is None:
+            thresholds = {name: threshold for name, ((_, threshold), _) in zip(MAPS, PRESETS)}
+        found = {name: Tower("important_attention", threshold=value) for name, value in thresholds.items()}
+        return {**found, "pixels": Tower("pixels")} if self.alpha else found
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
         layers = self.layers or scale_layers(LAYERS, OF, geometry.layers)
-        share = keep / geometry.visual_tokens
-        side = self.cell or min(PRESETS, key=lambda preset: abs(math.prod(preset[1]) - share))[0]
         counts = stage_counts(geometry.visual_tokens, keep)
         later = replace(self, recycle=False)
         return (
-            Stage(Site.parse("projected"), replace(self, cell=side), counts[0]),
+            Stage(Site.parse("projected"), self, counts[0]),
             *(Stage(Site.parse(f"decoder:{n}"), later, count) for n, count in zip(layers, counts[3 - len(layers) :])),
         )
 
     def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
-        importance = self.importance(tokens)
+        importance = self.importance(tokens, keep)
         if self.recycle:
-            return recycle(tokens, importance, keep, self.cell or PRESETS[1][0], self.compat)
+            sides = [self.cell] * len(PRESETS) if self.cell else [side for (side, _), _ in PRESETS]
+            cell = doubles(sides, importance.device)[nearest_preset(keep, tokens.mask)]
+            return recycle(tokens, importance, keep, cell, self.compat)
         chosen = topk_mask(importance, keep, tokens.mask)
         return Reduction(*chosen_indices(chosen, max(keep, default=0)))
 
-    def importance(self, tokens: VisualTokens) -> Tensor:
-        """`[B, N]` fp32. With entropy it is made at the first stage, of whole tiles, and carried in `memory`."""
+    def importance(self, tokens: VisualTokens, keep: Sequence[int] = ()) -> Tensor:
+        """`[B, N]` fp32. With entropy or presets it is made at the first stage, of whole images, and carried in
+        `memory`; `keep`, the counts of that stage, is what presets are chosen by."""
         if (carried := tokens.memory.get("vflowopt")) is not None:
             place = torch.searchsorted(tokens.memory["vflowopt_index"], tokens.index.contiguous())
             return carried.gather(1, place.clamp(max=carried.shape[1] - 1))
-        importance = tokens.tower["attention"].float()
+        importance = tokens.tower.get("attention")
+        if presets := importance is None:
+            maps = torch.stack([tokens.tower[name] for name in MAPS], 1)
+            importance = maps[torch.arange(len(maps), device=maps.device), nearest_preset(keep, tokens.mask)]
         if self.alpha:
             group = tile_groups(tokens.tile, tokens.mask)
             importance = importance + self.alpha * group_softmax(entropy(tokens.tower["pixels"]), group)
         if tokens.coordinates is not None:
             importance = importance.masked_fill(tokens.coordinates[..., 2] < 0, 1.0)
-        if self.alpha:
+        if self.alpha or presets:
             tokens.memory["vflowopt"] = importance
             tokens.memory["vflowopt_index"] = tokens.index.masked_fill(~tokens.mask, torch.iinfo(torch.long).max)
         return importance
+
+
+def doubles(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def nearest_preset(keep: Sequence[int], mask: Tensor) -> Tensor:
+    """`[B]` int64, for every image the preset whose first cut leaves the share nearest to that of `keep`."""
+    share = to_device(keep, mask.device) / mask.sum(1).clamp(min=1).double()
+    firsts = doubles([shares[0] for _, shares in PRESETS], mask.device)
+    return (share[:, None] - firsts).abs().argmin(1)
 
 
 def stage_counts(n: int, keep: int) -> tuple[int, int, int]:
@@ -150,12 +177,12 @@ def stage_counts(n: int, keep: int) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def recycle(tokens: VisualTokens, importance: Tensor, keep: Sequence[int], cell: float, compat: bool) -> Reduction:
+def recycle(tokens: VisualTokens, importance: Tensor, keep: Sequence[int], cell: Tensor, compat: bool) -> Reduction:
     """Keep the most important tokens, and per cell of the grid one that the cell's dropped tokens are folded into.
 
     Args:
         importance: `[B, N]` fp32, non-negative.
-        cell: side of the cells, in tokens.
+        cell: `[B]` float64, side of the cells, in tokens.
         compat: the count kept is that of `keep`, less the cells there is room for, plus the cells there are.
     """
     places, count = tokens.coordinates, tokens.mask.sum(1)
@@ -164,7 +191,7 @@ def recycle(tokens: VisualTokens, importance: Tensor, keep: Sequence[int], cell:
     extra = torch.minimum((count / cell**2).long(), budget) * image
     certain = topk_mask(importance, budget - extra, tokens.mask)
     low = tokens.mask & ~certain & (places[..., 2] >= 0) & image[:, None]
-    row, column = ((places[..., i].clamp(min=0) / cell).long() for i in (2, 3))
+    row, column = ((places[..., i].clamp(min=0) / cell[:, None]).long() for i in (2, 3))
     key = ((places[..., 0].clamp(min=0) << 16) + places[..., 1].clamp(min=0) << 32) + (row << 16) + column
     group = tile_groups(key, low)
     best = low & (group_rank(importance, group, low) == 0)

@@ -1,0 +1,52 @@
+"""Timing of cases against each other: in one process, in random order within every round."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass
+class Case:
+    """Something to time: `run`, within `around()`, which is not timed. `full_layers` of all layers see every token."""
+
+    run: Callable[[], object]
+    around: Callable[[], AbstractContextManager] = nullcontext
+    full_layers: float = 0.0
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def paired(cases: dict[str, Case], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every case in every round; the order within a round is drawn anew."""
+    order = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for number in tqdm(range(warmup + rounds), desc="rounds", disable=None, leave=False):
+        for name in order.sample(list(cases), len(cases)):
+            with cases[name].around():
+                seconds = timed(cases[name].run)
+            if number >= warmup:
+                times[name].append(seconds)
+    return times
+
+
+def quartiles_ms(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile in ms; of one round its time."""
+    found = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    low, median, high = (round(1e3 * value, 3) for value in found)
+    return low, median, high
