@@ -109,10 +109,16 @@ def full_cost(group: Comparison) -> str:
 def remarks(group: Comparison) -> list[str]:
     """Notes on what cannot be compared, and the errors of cells without an accuracy."""
     found = [f"note: {note}" for note in group.notes]
-    for line in group.troubles:
-        budget = "" if line.share is None else f" at {share_text(line.share)}"
-        why = clean(line.row.get("error") or "the row gives no reason")
-        found.append(f"{line.method}{budget}: {clean(line.status)}: {why}")
+    troubles: dict[tuple[str, str], list[Line]] = {}
+    for line in group.troubles:  # what is out of reach at one budget is so at smaller ones, for one reason
+        why = "" if line.status == "out of reach" else clean(line.row.get("error") or "the row gives no reason")
+        troubles.setdefault((line.method, f"{clean(line.status)}: {why}"), []).append(line)
+    for (method, status), lines in troubles.items():
+        shares = ", ".join(share_text(line.share) for line in lines if line.share is not None)
+        why = clean(lines[0].row.get("error") or "the row gives no reason")
+        if lines[0].status == "out of reach":
+            status = why if "out of reach" in why else f"out of reach: {why}"
+        found.append(f"{method}{shares and f' at {shares}'}: {status}")
     return found
 
 

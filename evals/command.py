@@ -12,7 +12,7 @@ import typer
 
 DEFAULT_MODEL = "scenes-llava"
 DEFAULT_TASK = "scenes"
-DEFAULT_LIMIT = 400
+DEFAULT_LIMIT = 200
 DEFAULT_OUTPUT = Path("prune-eval") / "results.jsonl"
 DEFAULT_BATCH = 50
 
@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy, tokens, FLOPs, KV bytes and latency of pruning methods at equal budgets.
 
-    Without options: every method that applies, on the built-in model and its 400-question test, at 1/3, 2/9, 1/9 and
+    Without options: every method that applies, on the built-in model and its 200-question test, at 1/3, 2/9, 1/9 and
     1/18 of the visual tokens per decoder layer. An interrupted run goes on where it was; the report is written beside
     the results file.
     """

@@ -19,6 +19,7 @@ from prune.evals.stats import Estimate, paired_difference
 
 UNPRUNED = "un-pruned"
 LARGEST_DENOMINATOR = 64  # of a share that is written as a fraction
+SLACK = 0.02  # of a budget, by which a cell may miss it without a note
 LONGEST_VALUE = 24  # characters of an option's value in a label
 _BUDGETS = {
     "average": "at equal average tokens per decoder layer",
@@ -326,6 +327,8 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(f"Cells of several numbers of items ({counts}): {alone}")
     elif _several(_key(row["task"]) for row in ran):
         notes.append(f"Cells of several states of the task's data: {alone}")
+    if off := _off_budget(comparison):
+        notes.append(f"Not at equal cost, counts being whole numbers: {off}.")
     if comparison.methods:
         references = {line.reference for line in comparison.lines if line.reference}
         named = dict.fromkeys(line.method for line in comparison.lines if line.row["cell"] in references)
@@ -337,6 +340,19 @@ def _notes(comparison: Comparison) -> list[str]:
         elif len(variants) > 1 and named:
             notes.append(f"Differences are to {', '.join(named)}.")
     return notes
+
+
+def _off_budget(comparison: Comparison) -> str:
+    """`vflowopt at 1/3: 50.8 for 48`, the cells whose average tokens miss their budget by more than `SLACK`."""
+    full = next((line.cost("average_tokens") for line in comparison.baseline if line.cost("average_tokens")), None)
+    if comparison.by != "average" or not full:
+        return ""
+    found = []
+    for line in comparison.lines:
+        tokens, wanted = line.cost("average_tokens"), full * (line.share or 1)
+        if tokens is not None and abs(tokens - wanted) > SLACK * wanted:
+            found.append(f"{line.method} at {share_text(line.share)}: {tokens:.4g} for {wanted:.4g}")
+    return ", ".join(found)
 
 
 def _several(values: Iterable[object]) -> str:

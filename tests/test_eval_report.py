@@ -340,6 +340,21 @@ def test_failed_cells_and_those_out_of_reach():
     assert "divprune at 1/9: out of reach: one token kept of 144 still costs 58.2" in text
 
 
+def test_what_is_out_of_reach_is_said_once_per_method():
+    error = "average=0.33 is out of reach: one token kept of 144 still costs 58.2"
+    rows = [make_row("none"), *(make_row(status="out of reach", error=error, share=share) for share in (1 / 3, 1 / 9))]
+    text = screen(rows, 120)
+    assert text.count("58.2") == 1 and "dart at 1/3, 1/9: average=0.33 is out of reach: one token" in text
+
+
+def test_cells_that_miss_their_budget_are_named():
+    rows = make_rows(shares=(1 / 3,))
+    assert "equal cost" not in screen(rows)
+    rows[-1]["cost"]["average_tokens"] *= 1.03
+    text = " ".join(screen(rows).split())
+    assert "note: Not at equal cost, counts being whole numbers: dart at 1/3: 49.44 for 48." in text
+
+
 def test_notes_on_what_cannot_be_compared():
     rows = [*make_rows(shares=(1 / 9,)), make_row(options={"layer": 1}, torch="2.14.0", items=100)]
     text = " ".join(screen(rows).split())
