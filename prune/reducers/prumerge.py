@@ -119,6 +119,9 @@ class PruMerge(Reducer):
             outlying, count = outliers(attention, mask), mask.sum(1, keepdim=True)
             few = size * outlying // count.clamp(min=1)
             step = count // outlying.clamp(min=1) // 3  # floor(1 / share), and a third of it
+            if self.compat:  # the code's doubles: int(196 * (27 / 196)) is 26
+                part = outlying.double() / count.clamp(min=1)
+                few, step = (size * part).long(), (1 / part.clamp(min=1e-9)).long() // 3
             first = 0
         elif self.ratio is None:
             few, step, first = room if self.variant == "base" else (room + 1) // 2, torch.ones_like(size), 0
@@ -146,7 +149,7 @@ class PruMerge(Reducer):
 
 def outliers(attention: Tensor, mask: Tensor) -> Tensor:
     """`[B, 1]`: how many of `attention` `[B, N]` fp32 lie above the upper quartile by 1.5 interquartile ranges."""
-    quarter = torch.tensor([0.25, 0.75], device=attention.device)
+    quarter = torch.tensor([0.25, 0.75]).to(attention.device, non_blocking=True)
     low, high = attention.masked_fill(~mask, torch.nan).nanquantile(quarter, dim=1)[..., None]
     return (mask & (attention > high + 1.5 * (high - low))).sum(1, keepdim=True)
 

@@ -151,7 +151,7 @@ def without_duplicates(x: Tensor, rank: Tensor, group: Tensor, target: Tensor, s
         `[B, N]` the order of the survivors, N for the others.
     """
     n = x.shape[1]
-    products = x @ x.transpose(1, 2) if n <= STORED else None
+    products = cosines(x, x) if n <= STORED else None
     for _ in range(most):
         left = rank < n
         even, odd = left & (rank % 2 == 0), left & (rank % 2 == 1)
@@ -165,6 +165,11 @@ def without_duplicates(x: Tensor, rank: Tensor, group: Tensor, target: Tensor, s
     return rank
 
 
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # autocast would run an fp32 product in half precision
+        return x @ y.transpose(1, 2)
+
+
 def nearest(x: Tensor, targets: Tensor, group: Tensor, products: Tensor | None) -> Tensor:
     """`[B, N]` cosine of every token of `x` (rows of length 1) to the nearest of the `targets` `[B, N]` of its group.
 
@@ -176,7 +181,7 @@ def nearest(x: Tensor, targets: Tensor, group: Tensor, products: Tensor | None) 
     chunk = n if products is not None else max(1, STORED**2 // n)
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
-        cosine = x[:, part] @ x.transpose(1, 2) if products is None else products[:, part]
+        cosine = cosines(x[:, part], x) if products is None else products[:, part]
         seen = targets[:, None] & (group[:, part, None] == group[:, None])
         best, index = cosine.masked_fill(~seen, -torch.inf).max(-1)
         # The matrix product finds the neighbour, the plain product measures it: see `dot` on ties.

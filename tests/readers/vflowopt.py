@@ -18,7 +18,8 @@ def read(data: dict[str, Tensor], params: dict) -> Iterator[Check]:
 
 def importance(data: dict[str, Tensor], params: dict) -> Iterator[Check]:
     attention = data["attn"]
-    q = attention.log().transpose(1, 2)  # its softmax over unit vectors as keys is the recorded attention
+    # The softmax of its logarithm over unit vectors as keys is the recorded attention, which may hold zeros.
+    q = attention.clamp(min=1e-38).log().transpose(1, 2)
     k = torch.eye(attention.shape[-1])[None, :, None].expand_as(q)
     attended = important_attention(q, k, 1.0, params["t"])
     if "received" in data:
@@ -73,10 +74,17 @@ def progressive(data: dict[str, Tensor], params: dict) -> Iterator[Check]:
 def topk(data: dict[str, Tensor], params: dict) -> Iterator[Check]:
     features, scores = data["tile_features"], data["tile_importance"]
     if params["kind"] == "topk_video":
+        features, scores = pooled(features, params["G"]), pooled(scores[..., None], params["G"])[..., 0]
         features, scores = features.flatten(0, 1)[None], scores.flatten()[None]
         newline = torch.ones_like(scores[:, :1])  # the separator of the video, importance 1
         features, scores = torch.cat([features, features[:, :1]], 1), torch.cat([scores, newline], 1)
     yield Check(get_method("vflowopt", recycle=False, newlines=True), tokens(features, scores), data["keep"])
+
+
+def pooled(x: Tensor, side: int) -> Tensor:
+    """Frames `[F, side * side, D]` at half the resolution, as the code for videos makes them."""
+    grid = x.transpose(1, 2).unflatten(2, (side, side))
+    return F.interpolate(grid, size=(-(-side // 2),) * 2, mode="bilinear").flatten(2).transpose(1, 2)
 
 
 KINDS = {

@@ -34,6 +34,6 @@ def read(data: dict[str, Tensor], params: dict) -> Iterator[Check]:
     merged = reduction.apply(hidden)
     for name, indices in (("dominant_tokens", data["keep"]), ("contextual_tokens", data["context_target"])):
         slots = torch.searchsorted(reduction.keep, indices)
-        want = data[name][:, -indices.shape[1] :]  # without CLS
+        want = data[name][:, data[name].shape[1] - indices.shape[1] :]  # without CLS
         torch.testing.assert_close(merged.gather(1, slots[..., None].expand_as(want)), want)
     yield Check(method, tokens, torch.cat([data["keep"], data["context_target"]], 1).sort(1).values)
