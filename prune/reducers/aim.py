@@ -78,9 +78,10 @@ class AIM(Method):
         if not 0 < self.merge <= 1:
             raise ConfigError(f"merge={self.merge!r} must be in (0, 1]: the share of the tokens left by merging")
         if self.layers is not None:
-            self.layers = tuple(self.layers)
-            if not ascending(self.layers):
+            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
+            if not ascending(layers):
                 raise ConfigError(f"layers={self.layers} must be ascending whole numbers >= 1, such as range(15, 23)")
+            self.layers = layers
         if self.metric not in ("features", "keys"):
             raise ConfigError(f"metric={self.metric!r} must be 'features' or 'keys'")
         if not isinstance(self.iterations, int) or self.iterations < 1:

@@ -38,7 +38,10 @@ class FastV(Scorer):
     layer: int = 2
 
     name = "fastv"
-    title = "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large VLMs"
+    title = (
+        "An Image is Worth 1/2 Tokens After Layer 2: "
+        "Plug-and-Play Inference Acceleration for Large Vision-Language Models"
+    )
     arxiv = "2403.06764"
     signals = ("last_token_attention",)
     needs_question = True

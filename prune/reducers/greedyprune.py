@@ -21,7 +21,7 @@ from prune.tokens import Reduction, VisualTokens
 class GreedyPrune(Reducer):
     """After `layer` decoder layers, keep the visual tokens most like the last text token, without near-duplicates.
 
-    Based on "GreedyPrune: Retaining Critical Visual Token Set for Large Vision Language Models" (arXiv 2506.13166).
+    Based on "GreedyPrune: Retenting Critical Visual Token Set for Large Vision Language Models" (arXiv 2506.13166).
     Among all sets without two tokens of cosine above `tau`, the one of largest total saliency, found greedily: take the
     most salient token that no taken one vetoes. Saliency is the cosine with the last text token.
 
@@ -44,7 +44,7 @@ class GreedyPrune(Reducer):
     tau: float = 0.9
 
     name = "greedyprune"
-    title = "GreedyPrune: Retaining Critical Visual Token Set for Large Vision Language Models"
+    title = "GreedyPrune: Retenting Critical Visual Token Set for Large Vision Language Models"
     arxiv = "2506.13166"
     signals = ("text_features",)
     needs_question = True

@@ -24,12 +24,15 @@ def read(data: dict[str, Tensor], params: dict) -> Iterator[Check]:
     attention = plain_attention(project("Wq"), project("Wk"), data["attention_mask"], begin, n, dim**-0.5)
     tokens = VisualTokens(hidden[:, begin : begin + n], entry_attention=attention)
     ratios, stage, total = params["ratios"], params["stage"], params["image_tokens0"]
-    method = get_method("pyramiddrop", shares=ratios[1:])
+    falling = all(a > b for a, b in zip(ratios, ratios[1:]))  # the authors' may repeat: a stage that keeps all
+    options = {"shares": ratios[1:], "layers": tuple(range(1, len(ratios)))} if falling else {}
+    method = get_method("pyramiddrop", **options)
     torch.testing.assert_close(method.score(tokens), data["scores"], atol=1e-7, rtol=1e-5)
-    counts = method.counts(total, int(total * ratios[-1]))
-    assert abs(counts[stage] - params["keep_num"]) <= 1  # the authors round down
+    if falling:
+        counts = method.counts(total, int(total * ratios[-1]))
+        assert abs(counts[stage] - params["keep_num"]) <= 1  # the authors round down
 
     check = Check(method, tokens, data["keep"], ALONE)
-    reduction = method.reduce(in_batch(tokens), [n - 5, *check.counts])
+    reduction = method.reduce(in_batch(tokens), [max(1, n - 5), *check.counts])
     assert [row[valid].tolist() for row, valid in zip(reduction.keep, reduction.valid)][1:] == check.lists
     yield check
