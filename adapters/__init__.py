@@ -4,23 +4,46 @@ from __future__ import annotations
 
 from torch import nn
 
-from prune.adapters.engine import Engine, attached
+from prune.adapters.base import Attachment, attached
+from prune.adapters.engine import Engine
 from prune.adapters.families import FAMILIES, SIGNAL_DECODERS, Family
 from prune.adapters.signals import CAPTURES
 from prune.adapters.structure import Parts, find_parts
-from prune.adapters.tower import tower_of
+from prune.adapters.tower import methods_for_decoders, tower_of
+from prune.adapters.vision_sites import BehindTower, acts_inside, check_inside
+from prune.adapters.vit import at_blocks, attach_vit
+from prune.adapters.vit_engine import Blocks
+from prune.adapters.vit_families import VIT_FAMILIES, VitFamily, find_vit
 from prune.budget import Budget
 from prune.errors import AlreadyAttachedError, ConfigError, UnsupportedMethodError
 from prune.method import Method, Stage
-from prune.registry import list_methods
 
 IN_DECODER = {*CAPTURES, "entry_attention", "transition"}
 """Signals that exist only after a decoder layer, or at its input."""
 
-__all__ = ["FAMILIES", "Engine", "Family", "attach", "attached"]
+__all__ = [
+    "FAMILIES",
+    "VIT_FAMILIES",
+    "Attachment",
+    "Blocks",
+    "Engine",
+    "Family",
+    "VitFamily",
+    "attach",
+    "attached",
+    "find_vit",
+]
 
 
-def attach(model: nn.Module, method: Method, budget: Budget | None, positions: str) -> Engine:
+def attach(
+    model: nn.Module,
+    method: Method,
+    budget: Budget | None,
+    positions: str | None,
+    restore: bool = False,
+    proportional: bool | None = None,
+    block: int | None = None,
+) -> Attachment:
     """Check everything, then register the hooks. See `prune.apply_pruner` for the errors."""
     engine = attached(model)
     if engine is not None:
@@ -28,9 +51,24 @@ def attach(model: nn.Module, method: Method, budget: Budget | None, positions: s
             f"this model already carries {engine.method!r}; call handle.remove() first "
             "(prune.get_handle(model) finds the handle), or attach Compose(first, second)"
         )
+    if (vit := find_vit(model)) is not None:
+        return attach_vit(vit, method, budget, positions, restore, proportional, block)
     parts = find_parts(model)
-    _check(parts, method, positions)
-    return Engine(parts, method, budget, positions).attach()
+    if restore:
+        raise ConfigError("restore=True is for vision transformers; inside a vision-language model it is always so")
+    inner = method if block is None else at_blocks(method, parts.geometry(0).tower_layers, block)
+    positions = positions or method.positions
+    if not acts_inside(inner, parts):
+        if proportional is not None:
+            raise ConfigError(f"proportional={proportional!r} is for methods that act inside the vision encoder")
+        _check(parts, method, positions)
+        return Engine(parts, method, budget, positions).attach()
+    counts_sizes = check_inside(parts, inner, budget, proportional)
+    _check(parts, BehindTower(inner, False), positions)
+    engine = Engine(parts, method, budget, positions, inner, counts_sizes)
+    given = {"block": block, "proportional": proportional}
+    engine.arguments = {name: value for name, value in given.items() if value is not None}
+    return engine.attach()
 
 
 def _check(parts: Parts, method: Method, positions: str) -> None:
@@ -40,12 +78,12 @@ def _check(parts: Parts, method: Method, positions: str) -> None:
         ConfigError: a site outside the decoder, "compact" positions inside it, a layer out of range.
         UnsupportedMethodError: a site or signal this model has not got.
     """
-    layers, works = len(parts.layers), ", ".join(list_methods(signals=set()))
+    layers, works = len(parts.layers), ", ".join(methods_for_decoders(set()))
     stages = method.plan(parts.geometry(100), 10)
     for stage in stages:
         site, signals = stage.site, [name for name in stage.reducer.signals if name in IN_DECODER]
         if site.kind not in ("projected", "decoder"):
-            raise UnsupportedMethodError(f"{stage.reducer.name} acts at {site}, which the engine does not serve yet")
+            raise UnsupportedMethodError(f"{stage.reducer.name} acts at {site}, which vision-language models have not")
         if site.kind == "decoder" and site.layer >= layers:
             raise ConfigError(f"layer={site.layer} is out of range: this decoder has layers 0 to {layers - 1}")
         if signals and (site.kind == "projected" or site.layer == 0):

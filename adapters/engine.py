@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from prune.adapters import cache as caches
 from prune.adapters import layouts
+from prune.adapters.base import Attachment
 from prune.adapters.call import CALL, Call, Slots
 from prune.adapters.images import SHAPES, Found, find_images, keep_shapes, tower_signals
 from prune.adapters.masks import gather_custom, take_apart
@@ -35,6 +36,7 @@ from prune.adapters.signals import LayerInput, capture
 from prune.adapters.structure import Parts
 from prune.adapters.tower import tower_of
 from prune.adapters.transition import Transition
+from prune.adapters.vision_sites import BehindTower, cuts_of, tiled
 from prune.adapters.visual import Running, locate
 from prune.budget import Budget
 from prune.errors import InputError, UnsupportedModelError
@@ -42,12 +44,29 @@ from prune.kernels.compaction import forward_fill, take
 from prune.method import Method, Site
 
 
-class Engine:
+class Engine(Attachment):
     """One pruner on one model. Users hold a `prune.Handle`."""
 
-    def __init__(self, parts: Parts, method: Method, budget: Budget | None, positions: str):
-        self.parts, self.method, self.budget, self.positions = parts, method, budget, positions
-        sites, stages = method.sites(len(parts.layers)), method.plan(parts.geometry(100), 10)
+    takes_visual_mask = True
+
+    def __init__(
+        self,
+        parts: Parts,
+        method: Method,
+        budget: Budget | None,
+        positions: str,
+        inner: Method | None = None,
+        proportional: bool = False,
+    ):
+        """`inner` is the method with its stages at blocks of the vision encoder, if it has any."""
+        super().__init__(method, budget)
+        self.parts, self.positions, self.family = parts, positions, parts.family.name
+        self.planner, self.vision = method, None
+        if inner is not None:
+            self.planner = BehindTower(inner, tiled(parts))
+            self.vision = cuts_of(self, inner, proportional)
+        stages = self.planner.plan(parts.geometry(100), 10)
+        sites = [stage.site for stage in stages]
         self.bounds = tuple(dict.fromkeys(depth(site) for site in sites if depth(site) > 0))
         # layer -> signals to take at its input for the cut at the next one
         self.captures = {
@@ -56,26 +75,23 @@ class Engine:
             if stage.reducer.signals and depth(stage.site) > 0
         }
         self.tower = tower_of(parts, stages, self)
+        if self.vision is not None:
+            self.tower.vision = self.vision
         layers = {n for s in stages if "transition" in s.reducer.signals for n in s.reducer.transition_layers}
         self.transition = Transition(parts.layers, layers)
         self.inputs_wanted = any("inputs" in stage.reducer.signals for stage in stages)
         self.signature = f"{method!r} with {positions} positions"
-        self.enabled = True
         self.visual_mask: Tensor | None = None
-        self.record: Record | None = None
-        self._hooks: list = []
 
-    # ------------------------------------------------------------------------------------------ attach and detach
-    @property
-    def attached(self) -> bool:
-        return bool(self._hooks)
-
+    # ------------------------------------------------------------------------------------------ attach
     def attach(self) -> Engine:
         parts, hooks = self.parts, self._hooks
         hooks.append(parts.core.register_forward_pre_hook(self.before_core, with_kwargs=True))
         if set(SHAPES) & set(inspect.signature(parts.tower.forward).parameters):
             hooks.append(parts.tower.register_forward_pre_hook(drop_call, with_kwargs=True))
             hooks.append(parts.tower.register_forward_hook(keep_shapes, with_kwargs=True))
+        if self.vision is not None:
+            self.vision.attach()
         if self.tower is not None:
             hooks += self.tower.attach()
         hooks.append(parts.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
@@ -86,8 +102,9 @@ class Engine:
         return self
 
     def detach(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        super().detach()
+        if self.vision is not None:
+            self.vision.detach()
 
     # ------------------------------------------------------------------------------------------ core, pre
     def before_core(self, module: nn.Module, args: tuple, kwargs: dict):
@@ -124,7 +141,7 @@ class Engine:
         call.visual = locate(found.groups, self.method.newlines, tiled)
         if not call.caller.new_full and bool((call.placeholder & ~valid).any()):
             call.visual.hide(valid)
-        for cut in plan(self.parts, self.method, self.budget, call.visual, valid):
+        for cut in plan(self.parts, self.planner, self.budget, call.visual, valid):
             call.cuts.setdefault(depth(cut.site), []).append(cut)
         if call.cuts and self.tower is not None:
             if self.parts.encodes_first:
@@ -393,16 +410,6 @@ class Engine:
 
 
 # ---------------------------------------------------------------------------------------------- helpers
-def attached(model: nn.Module) -> Engine | None:
-    """The engine whose hooks a model carries, or None."""
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            engine = getattr(hook, "__self__", None)
-            if isinstance(engine, Engine):
-                return engine
-    return None
-
-
 def depth(site: Site) -> int:
     """The decoder layer at whose input a site lies; 0 for everything before the decoder."""
     return site.layer if site.kind == "decoder" else 0

@@ -40,7 +40,7 @@ def plan(parts: Parts, method: Method, budget: Budget | None, visual: Visual, va
     else:
         by_count = {n: method.stages(parts.geometry(n), budget) for n in set(counts)}
         stages = [by_count[n] for n in counts]
-    cuts, before, sites = [], counts, set(method.sites(len(parts.layers)))
+    cuts, before, sites = [], counts, {stage.site for stage in method.plan(parts.geometry(100), 10)}
     for number, stage in enumerate(stages[0]):
         if stage.site not in sites:
             raise ConfigError(

@@ -6,10 +6,12 @@ import inspect
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 from torch import Tensor, nn
 
-from prune.adapters.families import FAMILIES, Family, family_of
+from prune.adapters.families import FAMILIES, SIGNAL_TOWERS, Family, TowerShape, family_of
+from prune.adapters.vit_families import VIT_FAMILIES
 from prune.budget import Geometry
 from prune.errors import UnsupportedModelError
 
@@ -79,6 +81,24 @@ class Parts:
             **self._tower_sizes,
         )
 
+    @property
+    def tower_shape(self) -> TowerShape | None:
+        """How the vision encoder is built; None outside the table."""
+        return SIGNAL_TOWERS.get(getattr(getattr(self.tower, "config", None), "model_type", None))
+
+    @property
+    def tower_blocks(self) -> nn.ModuleList:
+        """The layers of a vision encoder of the table."""
+        return attrgetter(self.tower_shape.layers)(self.tower)
+
+    @property
+    def read_layers(self) -> list[int]:
+        """The layers of the vision encoder whose outputs the projector reads; -1 stands for the input of the first."""
+        count = len(self.tower_blocks)
+        chosen = getattr(self.core.config, "vision_feature_layer", None)
+        chosen = [-1] if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
+        return [(n if n >= 0 else n + count + 1) - 1 for n in chosen]
+
     @cached_property
     def _tower_sizes(self) -> dict[str, int]:
         vision = getattr(self.tower, "config", None)
@@ -86,6 +106,7 @@ class Parts:
         linear = [] if self.projector is None else [m for m in self.projector.modules() if isinstance(m, nn.Linear)]
         return {
             "tower_width": next((m.out_channels for m in convolutions), 0),
+            "tower_layers": 0 if self.tower_shape is None else 1 + max(self.read_layers),
             "tower_heads": getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None) or 1,
             "tower_features": linear[0].in_features if linear else 0,
             "projector_flops": sum(2 * m.in_features * m.out_features for m in linear),
@@ -101,7 +122,10 @@ def find_parts(model: nn.Module) -> Parts:
         UnsupportedModelError: a part is missing, or the decoder does not use full attention throughout.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    supported = f"Supported families: {', '.join(family.name for family in FAMILIES)}"
+    supported = (
+        f"Supported families: {', '.join(family.name for family in FAMILIES)}; vision transformers: "
+        f"{', '.join(family.name for family in VIT_FAMILIES)}"
+    )
 
     def fail(reason: str):
         raise UnsupportedModelError(f"cannot attach to {type(base).__name__}: {reason}. {supported}")

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune.adapters import packing
-from prune.adapters.families import SIGNAL_TOWERS, TowerShape
+from prune.adapters.families import SIGNAL_TOWERS
 from prune.adapters.heads import DERIVE, READS, Heads, projections
 from prune.adapters.structure import Parts
 from prune.errors import ConfigError, UnsupportedMethodError
 from prune.method import Stage
-from prune.registry import list_methods
-from prune.tokens import SIGNALS, TOWER_KINDS, Tower
+from prune.registry import list_methods, method_info
+from prune.tokens import ALIVE, SIGNALS, TOWER_KINDS, Tower
 
 SIGNALS_OF = "prune_tower"  # attribute of the encoder's output: key -> tensor in the encoder's order
 PROJECTED = "prune_projected"  # the same for what the projector gave
@@ -37,20 +37,9 @@ Key = tuple  # (kind, layer index), and the threshold if there is one; ("feature
 
 
 # -------------------------------------------------------------------------------------------------- what is wanted
-def shape_of(parts: Parts) -> TowerShape | None:
-    return SIGNAL_TOWERS.get(parts.tower.config.model_type) if hasattr(parts.tower, "config") else None
-
-
-def layers_of(parts: Parts) -> nn.ModuleList:
-    return attrgetter(shape_of(parts).layers)(parts.tower)
-
-
-def read_layers(parts: Parts) -> list[int]:
-    """The layers whose outputs the projector reads; -1 stands for the input of the first."""
-    count = len(layers_of(parts))
-    chosen = getattr(parts.core.config, "vision_feature_layer", None)
-    chosen = [-1] if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
-    return [(n if n >= 0 else n + count + 1) - 1 for n in chosen]
+def methods_for_decoders(signals: set[str]) -> list[str]:
+    """Names of the methods that need none but these signals and act at projected or in a decoder."""
+    return [name for name in list_methods(signals=signals) if "block" not in method_info(name).where]
 
 
 def resolve(parts: Parts, spec: Tower, reader: str) -> Key:
@@ -60,9 +49,9 @@ def resolve(parts: Parts, spec: Tower, reader: str) -> Key:
         UnsupportedMethodError: the encoder is built in an unknown way, or has no CLS token.
         ConfigError: no such layer.
     """
-    shape = shape_of(parts)
+    shape = parts.tower_shape
     if shape is None:
-        no_tower = ", ".join(list_methods(signals=set(SIGNALS)))
+        no_tower = ", ".join(methods_for_decoders(set(SIGNALS)))
         kind = getattr(getattr(parts.tower, "config", None), "model_type", type(parts.tower).__name__)
         raise UnsupportedMethodError(
             f"{reader} reads {spec.kind} of the vision encoder, which is known to be right for "
@@ -72,18 +61,18 @@ def resolve(parts: Parts, spec: Tower, reader: str) -> Key:
         works = set(SIGNALS) | {f"tower:{kind}" for kind in TOWER_KINDS if kind not in CLS_KINDS}
         raise UnsupportedMethodError(
             f"{reader} reads {spec.kind}, and the vision encoder {parts.tower.config.model_type} has no CLS token; "
-            f"methods that work: {', '.join(list_methods(signals=works))}"
+            f"methods that work: {', '.join(methods_for_decoders(works))}"
         )
-    if spec.kind == "pixels" or (spec.kind == "features" and spec.layer is None):
+    if spec.kind in ("pixels", ALIVE) or (spec.kind == "features" and spec.layer is None):
         return spec.kind, None
     options = () if spec.threshold is None else (float(spec.threshold),)
     return spec.kind, _index(parts, spec.layer), *options
 
 
 def _index(parts: Parts, layer: int | float | None) -> int:
-    count = len(layers_of(parts))
+    count = len(parts.tower_blocks)
     if layer is None:
-        return max(0, *read_layers(parts))
+        return max(0, *parts.read_layers)
     if isinstance(layer, float):
         return math.ceil(layer * count - 1e-9) - 1
     if not -count <= layer < count:
@@ -117,12 +106,13 @@ class Capture:
 
     def __init__(self, parts: Parts, keys: list[Key], switch):
         self.parts, self.keys, self.switch, self.place = parts, list(dict.fromkeys(keys)), switch, Place()
-        self.shape = shape_of(parts)
-        self.reads = read_layers(parts)
+        self.shape = parts.tower_shape
+        self.reads = parts.read_layers
+        self.vision = None  # the cuts inside the encoder, see `prune.adapters.vision_sites.cuts_of`
 
     def attach(self) -> list:
         """Register the hooks: on the encoder, on the projector and at the layers that are read, nowhere else."""
-        parts, layers = self.parts, layers_of(self.parts)
+        parts, layers = self.parts, self.parts.tower_blocks
         handles = [
             parts.tower.register_forward_pre_hook(self.open, with_kwargs=True),
             parts.tower.register_forward_hook(self.close, with_kwargs=True, always_call=True),
@@ -162,7 +152,7 @@ class Capture:
         self.place.state = State() if self.switch.enabled else None
         if self.place.state is not None and ("pixels", None) in self.keys:
             pixels = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
-            self.place.state.rows["pixels", None] = patches(pixels, self.parts.core.config.vision_config)
+            self.place.state.rows["pixels", None] = patches(pixels, self.parts.core.config.vision_config.patch_size)
 
     def close(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Always called, also after an exception (then `output` is None)."""
@@ -172,6 +162,8 @@ class Capture:
         for key in self.keys:
             if key[0] == "features":
                 state.rows[key] = self._features(state, key[1])
+            elif key[0] == ALIVE:
+                state.rows[key] = self.vision.take_alive()
         order = window_order(module, args, kwargs)
         signals = {key: self._by_token(key, state.rows[key], order) for key in self.keys}
         setattr(output, SIGNALS_OF, signals)
@@ -222,7 +214,7 @@ class Capture:
     def _features(self, state: State, layer: int | None) -> Tensor:
         if layer is not None:
             return state.outputs[layer]
-        last = len(layers_of(self.parts)) - 1
+        last = len(self.parts.tower_blocks) - 1
         read = [state.outputs[NORMED if self.shape.norm and n == last else n] for n in self.reads]
         return read[0] if len(read) == 1 else torch.cat(read, -1)
 
@@ -256,11 +248,10 @@ def tower_of(parts: Parts, stages: Sequence[Stage], switch) -> Capture | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes
-def patches(pixels: Tensor, config) -> Tensor:
+def patches(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
     """`[tiles, 3, H, W]` -> `[tiles, patches, 3 * p * p]`; patches already (Qwen) stay as they are."""
     if pixels.dim() == 2:
         return pixels
-    size = config.patch_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     return F.unfold(pixels.float(), size, stride=size).transpose(1, 2).to(pixels.dtype)
 

@@ -107,22 +107,28 @@ def account(model: nn.Module, report: Report, inputs: Mapping[str, object], head
     parts = find_parts(model)
     encodings = _encodings(parts, report, inputs)
     engine = _engine(model, report) if any(image.stages for image in report.images) else None
+    inside = [(0, 0)] * len(encodings)
+    if engine is not None and engine.vision is not None:
+        from prune.evals.tower_accounting import inside_tower  # which prices blocks with what is here
+
+        inside = inside_tower(engine, encodings)
     head = model.get_output_embeddings()
     vocabulary = 0 if head is None else head.out_features
     accounts = []
     for sample, (alive, text) in enumerate(zip(report.tokens_per_layer, report.text_tokens)):
         images = [image for image in report.images if image.sample == sample]
         encoded = [encoding for encoding, image in zip(encodings, report.images) if image.sample == sample]
+        saved = [found for found, image in zip(inside, report.images) if image.sample == sample]
         g, totals = replace(report.geometry, text_tokens=text), [n + text for n in alive]
         accounts.append(
             Account(
                 tokens_per_layer=tuple(alive),
                 text_tokens=text,
-                tower=sum(_tower_flops(parts.tower, encoding) for encoding in encoded),
+                tower=sum(_tower_flops(parts.tower, encoding) for encoding in encoded) - sum(x for x, _ in saved),
                 projector=sum(_projector_flops(parts, encoding) for encoding in encoded),
                 attention=sum(2 * t * _attention_weights(g) + 4 * t * t * g.heads * g.head_dim for t in totals),
                 mlp=sum(2 * t * _mlp_weights(g) for t in totals),
-                selection=0 if engine is None else _selection(engine, images, encoded, g),
+                selection=0 if engine is None else _selection(engine, images, encoded, g) + sum(x for _, x in saved),
                 head=2 * head_positions * g.hidden_size * vocabulary,
                 kv_bytes=g.kv_bytes(alive, report.bytes_per_value),
                 geometry=g,
@@ -236,7 +242,7 @@ def _selection(engine: Engine, images: Sequence[ImageReport], encodings: Sequenc
         for kind, layer, *options in {*keys, *((MADE_OF[key[0]], key[1]) for key in keys if key[0] in MADE_OF)}:
             if price := TOWER_SIGNAL_FLOPS.get(kind):
                 flops += sum(price(encoding, layer, width, *options) for encoding in encodings)
-    reducers = {str(stage.site): stage.reducer for stage in engine.method.plan(parts.geometry(100), 10)}
+    reducers = {str(stage.site): stage.reducer for stage in engine.planner.plan(parts.geometry(100), 10)}
     counts = [image.tokens for image in images]
     for site in images[0].stages if images else ():
         reducer, total = reducers[site], sum(counts) + geometry.text_tokens

@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m prune.evals.bench engine`, `python -m prune.evals.bench methods`.
+"""Benchmarks: `python -m prune.evals.bench engine`, `... methods`, `... vit`.
 
 Paired runs in one process, in random order within every round, medians with quartiles; ratios side by side. Speed is
 never asserted in a test: machines differ, ratios within one run are what can be compared.
@@ -10,10 +10,12 @@ import typer
 
 from prune.evals.bench_engine import engine
 from prune.evals.bench_methods import methods
+from prune.evals.bench_vit import vit
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 app.command()(engine)
 app.command()(methods)
+app.command()(vit)
 
 if __name__ == "__main__":
     app()

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from prune.evals.results import BASELINE, REFERENCE
 from prune.evals.summary import Comparison, Line, clean, comparisons, options_text, share_text
 
-COSTS = ("average tokens", "kept tokens", "FLOPs %", "KV %", "prefill ms", "prefill ratio", "decode ms")
 LEGEND = (
     f"Accuracy in % with its 95 % interval, then the difference to {REFERENCE} in points, paired by item: "
     "↑ better, ↓ worse, no arrow where its 95 % interval includes 0. Best of a budget: "
 )
-COST_LEGEND = (
+
+
+class Costs(NamedTuple):
+    """The columns of a table of costs.
+
+    Attributes:
+        headings: of all columns.
+        leading: of those that narrow terminals show too.
+        legend: what they mean.
+    """
+
+    headings: tuple[str, ...]
+    leading: tuple[str, ...]
+    legend: str
+
+
+COSTS = Costs(
+    ("average tokens", "kept tokens", "FLOPs %", "KV %", "prefill ms", "prefill ratio", "decode ms"),
+    ("average tokens", "FLOPs %", "prefill ratio"),
     "Cost, means over the items: visual tokens averaged over the decoder layers, and kept after the last stage; "
     "prefill FLOPs and KV bytes as shares of un-pruned; prefill time per item (median over batches) and its ratio to "
-    "un-pruned; decode time per further token."
+    "un-pruned; decode time per further token.",
+)
+CLASS_COSTS = Costs(
+    ("average tokens", "kept tokens", "FLOPs %", "forward ms", "time ratio", "images/s", "kNN %", "linear %"),
+    ("average tokens", "FLOPs %", "time ratio"),
+    "Cost, means over the pictures: patches averaged over the blocks, and kept after the last stage; FLOPs of the "
+    "whole model as a share of un-pruned; time per picture (median over batches), its ratio to un-pruned, and pictures "
+    "per second. kNN, linear: accuracy of scikit-learn's probes of the pooled features, fitted on the pruned model's.",
 )
 
 
@@ -74,18 +98,14 @@ def cell(group: Comparison, line: Line | None) -> Cell:
     )
 
 
-def costs(line: Line) -> list[str]:
-    """The texts under `COSTS`, "-" where there is no number."""
-    ratio = line.prefill_ratio
-    return [
-        _amount(line.cost("average_tokens")),
-        _amount(line.cost("kept_tokens")),
-        _percent(line.prefill_share),
-        _percent(line.kv_share),
-        _amount(line.measured("prefill_ms"), 3),
-        "-" if ratio is None else f"{ratio:.2f}",
-        _amount(line.measured("decode_ms"), 3),
-    ]
+def cost_columns(group: Comparison) -> Costs:
+    """What a table of costs shows."""
+    return CLASS_COSTS if group.of_classes else COSTS
+
+
+def costs(line: Line, columns: Costs) -> list[str]:
+    """The texts under the headings, "-" where there is no number."""
+    return [_COST_TEXTS[heading](line) for heading in columns.headings]
 
 
 def cost_sections(group: Comparison) -> list[tuple[str, list[Line]]]:
@@ -103,6 +123,8 @@ def full_cost(group: Comparison) -> str:
         flops, size = line.cost("prefill_flops_full"), line.cost("kv_bytes_full")
         if flops and size:
             return f"Un-pruned: {_unit(flops, 1000)}FLOPs of prefill, {_unit(size, 1024)}B of KV cache per item."
+        if flops and group.of_classes:
+            return f"Un-pruned: {_unit(flops, 1000)}FLOPs per picture."
     return ""
 
 
@@ -170,3 +192,24 @@ def _unit(value: float, base: int) -> str:
     prefixes = ["", "k", "M", "G", "T", "P"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi"]
     power = min(int(math.log(max(value, 1), base)), len(prefixes) - 1)
     return f"{value / base**power:.3g} {prefixes[power]}"
+
+
+def _per_second(line: Line) -> float | None:
+    time = line.measured("prefill_ms")
+    return 1000 / time if time else None
+
+
+_COST_TEXTS: dict[str, Callable[[Line], str]] = {
+    "average tokens": lambda line: _amount(line.cost("average_tokens")),
+    "kept tokens": lambda line: _amount(line.cost("kept_tokens")),
+    "FLOPs %": lambda line: _percent(line.prefill_share),
+    "KV %": lambda line: _percent(line.kv_share),
+    "prefill ms": lambda line: _amount(line.measured("prefill_ms"), 3),
+    "forward ms": lambda line: _amount(line.measured("prefill_ms"), 3),
+    "prefill ratio": lambda line: "-" if line.prefill_ratio is None else f"{line.prefill_ratio:.2f}",
+    "time ratio": lambda line: "-" if line.prefill_ratio is None else f"{line.prefill_ratio:.2f}",
+    "decode ms": lambda line: _amount(line.measured("decode_ms"), 3),
+    "images/s": lambda line: _amount(_per_second(line)),
+    "kNN %": lambda line: _percent(line.probes.get("knn")),
+    "linear %": lambda line: _percent(line.probes.get("linear")),
+}

@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 DEFAULT_MODEL = "scenes-llava"
+DEFAULT_CLASSIFIER = "digits-vit"
 DEFAULT_TASK = "scenes"
 DEFAULT_LIMIT = 200
+CLASS_LIMIT = 1000
 DEFAULT_OUTPUT = Path("prune-eval") / "results.jsonl"
 DEFAULT_BATCH = 50
 
@@ -33,7 +35,11 @@ class By(str, Enum):
 def evaluate(
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", help="scenes-llava (built in, the default), demo:..., a folder or a hub name; repeat."),
+        typer.Option(
+            "--model",
+            help="scenes-llava (built in, the default), demo:..., a folder or a hub name; for tasks of classes "
+            "digits-vit (the default), timm:NAME, open_clip:NAME[:PRETRAINED], a folder or a hub name. Repeat.",
+        ),
     ] = None,
     methods: Annotated[
         list[str] | None,
@@ -41,17 +47,33 @@ def evaluate(
     ] = None,
     budgets: Annotated[
         list[str] | None,
-        typer.Option("--budget", "-b", help="Share of the tokens LEFT; repeat. Default: 1/3, 2/9, 1/9, 1/18."),
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Share LEFT; repeat. Default: 1/3, 2/9, 1/9, 1/18, for tasks of classes 3/4, 1/2, 2/5.",
+        ),
     ] = None,
     by: Annotated[
-        By, typer.Option(help="What the share is of: tokens per decoder layer, final count, or the decoder's FLOPs.")
-    ] = By.average,
+        By | None,
+        typer.Option(
+            help="What the share is of: tokens per layer (the default), final count, or FLOPs of the layers (the "
+            "default for tasks of classes)."
+        ),
+    ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", help="scenes, scenes-hard, a folder (JSON lines + images), hf:DATASET; repeat."),
+        typer.Option(
+            "--task",
+            "-t",
+            help="scenes, scenes-hard, a folder (JSON lines + images), hf:DATASET; for vision transformers digits, "
+            "imagefolder:PATH (a folder per class). Repeat.",
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of the task; its test split without it.")] = None,
-    limit: Annotated[int, typer.Option(help="First items of each task; 0 for all.")] = DEFAULT_LIMIT,
+    limit: Annotated[
+        int | None,
+        typer.Option(help=f"First items of each task; 0 for all. Default: {DEFAULT_LIMIT}, of classes {CLASS_LIMIT}."),
+    ] = None,
     scorer: Annotated[
         str | None, typer.Option(help="exact, contains, choice or vqa; the task's own without it.")
     ] = None,
@@ -75,18 +97,26 @@ def evaluate(
     Without options: every method that applies, on the built-in model and its 200-question test, at 1/3, 2/9, 1/9 and
     1/18 of the visual tokens per decoder layer. An interrupted run goes on where it was; the report is written beside
     the results file.
+
+    Vision transformers: `--task digits` or `--task imagefolder:PATH`. Accuracy is top-1, by the model's classifier, by
+    class prompts (CLIP) or by nearest neighbours; kNN and linear probes of the pooled features stand beside the cost.
     """
     from prune.errors import BudgetError, ConfigError
-    from prune.evals.grid import SHARES, Spec, parse_share
+    from prune.evals.grid import BLOCK_SHARES, SHARES, Spec, parse_share
+    from prune.evals.image_tasks import is_image_task
     from prune.evals.tasks import load_task
     from prune.evals.team import Team
+    from prune.evals.vision import check_vision_name
     from prune.loading import check_model_name
 
     team = Team(device)
     tell = _teller() if team.leads else _nobody
-    models = models or [DEFAULT_MODEL]
+    classes = any(is_image_task(name) for name in tasks or [])
+    models = models or [DEFAULT_CLASSIFIER if classes else DEFAULT_MODEL]
+    limit = (CLASS_LIMIT if classes else DEFAULT_LIMIT) if limit is None else limit
+    by = by or (By.flops if classes else By.average)
     try:  # whatever is wrong with the words of the command is said before anything is loaded
-        shares = [parse_share(text) for text in budgets or []] or list(SHARES)
+        shares = [parse_share(text) for text in budgets or []] or list(BLOCK_SHARES if classes else SHARES)
         specs = [Spec.parse(text) for text in methods or []] or None
         wanted = dict(pair.split("=", 1) for pair in columns or [] if "=" in pair)
         if len(wanted) != len(columns or []):
@@ -94,7 +124,7 @@ def evaluate(
     except (BudgetError, ConfigError) as error:
         raise typer.BadParameter(str(error)) from None
     for name in models:
-        check_model_name(name)
+        (check_vision_name if classes else check_model_name)(name)
     options = dict(split=split, limit=limit or None, seed=seed, scorer=scorer, max_new_tokens=max_new_tokens)
     loaded = [load_task(name, columns=wanted or None, **options) for name in tasks or [DEFAULT_TASK]]
 

@@ -20,6 +20,7 @@ from prune.options import parse_options
 from prune.registry import get_method, list_methods, method_class
 
 SHARES = (Fraction(1, 3), Fraction(2, 9), Fraction(1, 9), Fraction(1, 18))
+BLOCK_SHARES = (Fraction(3, 4), Fraction(1, 2), Fraction(2, 5))  # of a vision transformer's FLOPs
 DEPTH = 32  # decoder layers of the 7B models the papers' layer numbers are meant for
 
 
@@ -78,7 +79,7 @@ def parse_share(text: str) -> Fraction:
 
 
 def budget(by: str, share: Fraction) -> Budget:
-    """`share` of the un-pruned tokens per decoder layer ("average"), of the final count ("keep"), or of the FLOPs."""
+    """`share` of the un-pruned tokens per layer ("average"), of the final count ("keep"), or of the FLOPs."""
     if share == 1:
         return Budget(ratio=0.0)
     if by == "keep":

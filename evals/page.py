@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 
-from prune.evals.cells import COST_LEGEND, COSTS, LEGEND, Cell, cell, cost_sections, costs, facts, full_cost, remarks
+from prune.evals.cells import LEGEND, Cell, cell, cost_columns, cost_sections, costs, facts, full_cost, remarks
 from prune.evals.summary import Comparison, Line, share_text
 
 # Of what rows say everything is escaped; the policy forbids scripts and requests on top of that.
@@ -58,7 +58,6 @@ def html_page(
         _HEAD,
         "<h1>Visual-token pruning: accuracy and cost</h1>",
         _paragraph(f"{LEGEND}bold and underlined."),
-        _paragraph(COST_LEGEND),
     ]
     for group, drawn in zip(groups, pictures):
         parts += [f"<h2>{escape(group.title)}</h2>", _accuracy(group)]
@@ -67,7 +66,7 @@ def html_page(
         for title, (_, png) in drawn.items():
             source = f"data:image/png;base64,{b64encode(png).decode()}"
             parts.append(f'<figure><img src="{source}" alt="{escape(f"{title}: {group.title}")}"></figure>')
-        parts += ["<h3>Cost</h3>", _paragraph(full_cost(group)), _cost(group)]
+        parts += ["<h3>Cost</h3>", _paragraph(f"{cost_columns(group).legend} {full_cost(group)}"), _cost(group)]
     parts.append("<h2>How to get these numbers again</h2><dl>")
     parts += [f"<dt>{escape(heading)}</dt>{_each('dd', texts)}" for heading, texts in facts(lines, command)]
     return "\n".join([*parts, "</dl>", "</body>", "</html>", ""])
@@ -97,13 +96,15 @@ def _cell(found: Cell) -> str:
 
 
 def _cost(group: Comparison) -> str:
-    body = []
+    body, columns = [], cost_columns(group)
     for heading, lines in cost_sections(group):
         if heading:
-            body.append(f'<tr class="section"><th colspan="{1 + len(COSTS)}">{escape(heading)}</th></tr>')
+            body.append(f'<tr class="section"><th colspan="{1 + len(columns.headings)}">{escape(heading)}</th></tr>')
         kind = "" if heading else "full"
-        body += [_row(line.method, [f"<td>{escape(text)}</td>" for text in costs(line)], kind) for line in lines]
-    return _table(["method", *COSTS], body)
+        body += [
+            _row(line.method, [f"<td>{escape(text)}</td>" for text in costs(line, columns)], kind) for line in lines
+        ]
+    return _table(["method", *columns.headings], body)
 
 
 def _row(label: str, cells: Sequence[str], kind: str = "") -> str:

@@ -48,7 +48,7 @@ def draw(group: Comparison) -> list[Plot]:
     plots = []
     for name, title, figure in (
         ("tokens", "Accuracy against average tokens", _against_tokens(group)),
-        ("flops", "Accuracy against prefill FLOPs", _against_flops(group)),
+        ("flops", "Accuracy against FLOPs", _against_flops(group)),
         ("latency", "Prefill time relative to un-pruned", _latency(group)),
         ("kinds", "Accuracy by kind of question", _kinds(group)),
     ):
@@ -68,7 +68,7 @@ def _against_tokens(group: Comparison) -> Figure | None:
     if figure:
         axes = figure.axes[0]
         _ticks(axes, "{x:g}")
-        axes.set_xlabel("average visual tokens per decoder layer (curves are set apart a little)")
+        axes.set_xlabel("average visual tokens per layer (curves are set apart a little)")
     return figure
 
 
@@ -77,7 +77,7 @@ def _against_flops(group: Comparison) -> Figure | None:
     if figure:
         axes = figure.axes[0]
         _ticks(axes, "{x:g} %")
-        axes.set_xlabel("prefill FLOPs, share of un-pruned (curves are set apart a little)")
+        axes.set_xlabel("FLOPs of the prefill, share of un-pruned (curves are set apart a little)")
     return figure
 
 

@@ -15,13 +15,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from prune.evals.cells import COST_LEGEND, COSTS, LEGEND, Cell, cell, cost_sections, costs, facts, full_cost, remarks
+from prune.evals.cells import LEGEND, Cell, cell, cost_columns, cost_sections, costs, facts, full_cost, remarks
 from prune.evals.results import BASELINE
 from prune.evals.summary import Comparison, Line, ReportError, comparisons, share_text, summarise
 
 COSTS_WIDTH = 58  # of all columns of costs
-LEADING_COSTS = ("average tokens", "FLOPs %", "prefill ratio")  # shown in narrow terminals too
-LEADING_WIDTH = 26
+LEADING_WIDTH = 26  # of those that narrow terminals show too
 
 __all__ = ["ReportError", "summarise", "terminal_table", "write_report"]
 
@@ -87,12 +86,13 @@ def terminal_table(rows: list[dict], width: int) -> Group:
     Raises:
         ReportError: no rows.
     """
-    parts = []
-    for group in comparisons(summarise(rows)):
+    parts, groups = [], comparisons(summarise(rows))
+    for group in groups:
         parts += [Text(group.title, style="bold"), *_accuracy_tables(group, width)]
         parts += [*(Text(remark, style="yellow") for remark in remarks(group)), ""] if remarks(group) else []
         parts += [Text(f"cost of {group.title}", style="bold"), _cost_table(group, width), full_cost(group), ""]
-    return Group(*parts, Text(f"{LEGEND}*. ±: half the interval.\n{COST_LEGEND}", style="dim"))
+    legends = dict.fromkeys(cost_columns(group).legend for group in groups)
+    return Group(*parts, Text("\n".join([f"{LEGEND}*. ±: half the interval.", *legends]), style="dim"))
 
 
 def _accuracy_tables(group: Comparison, width: int) -> list[Table | str]:
@@ -157,20 +157,20 @@ def _colour(found: Cell) -> str:
 
 
 def _cost_table(group: Comparison, width: int) -> Table:
-    sections = cost_sections(group)
+    sections, columns = cost_sections(group), cost_columns(group)
     labels = [text for heading, lines in sections for text in (heading, *(line.method for line in lines))]
     longest = max(map(len, labels))
     roomy = width >= min(longest, 16) + COSTS_WIDTH
-    shown = [at for at, heading in enumerate(COSTS) if roomy or heading in LEADING_COSTS]
+    shown = [at for at, heading in enumerate(columns.headings) if roomy or heading in columns.leading]
     first = min(longest, max(8, width - (COSTS_WIDTH if roomy else LEADING_WIDTH)))  # longer labels are folded
     table = _empty_table(first)
     for at in shown:
-        table.add_column(COSTS[at].replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(columns.headings[at].replace(" ", "\n"), justify="right", no_wrap=True)
     for heading, lines in sections:
         if heading:
             table.add_row(Text(heading, style="bold not cyan"))
         for line in lines:
-            texts = costs(line)
+            texts = costs(line, columns)
             table.add_row(Text(line.method), *(texts[at] for at in shown))
         table.add_section()
     return table
@@ -204,11 +204,13 @@ def markdown(
         if found := remarks(group):
             parts.append("\n".join(f"- {_escape(remark)}" for remark in found))
         parts += [f"![{title}]({name})" for title, (name, _) in drawn.items()]
-        parts.append(f"### Cost\n\n{COST_LEGEND} {full_cost(group)}".rstrip())
-        body = []
+        columns, body = cost_columns(group), []
+        parts.append(f"### Cost\n\n{columns.legend} {full_cost(group)}".rstrip())
         for heading, found in cost_sections(group):
-            body += [[_escape(line.method), heading.removeprefix("budget ") or "-", *costs(line)] for line in found]
-        parts.append(_table(["method", "budget", *COSTS], body))
+            body += [
+                [_escape(line.method), heading.removeprefix("budget ") or "-", *costs(line, columns)] for line in found
+            ]
+        parts.append(_table(["method", "budget", *columns.headings], body))
     parts.append("## How to get these numbers again")
     listed = [f"- {heading}: {'; '.join(map(_escape, texts))}" for heading, texts in facts(lines, command)]
     parts.append("\n".join(listed))
@@ -278,6 +280,7 @@ def _record(line: Line) -> dict[str, object]:
     record |= {key: _plain(value) for key, value in (row.get("measured") or {}).items()}
     record |= _flat("version", row.get("versions"))
     record["device"] = row.get("device")
+    record |= {f"probe_{name}": value for name, value in line.probes.items()}
     return record | {f"kind_{_snake(kind)}": value for kind, value in line.kinds.items()}
 
 

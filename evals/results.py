@@ -29,6 +29,11 @@ machine (`measured`, `versions`, `device`). `SCHEMA` is raised whenever the mean
                   "seconds": 8.1, "finished": "2026-11-23T08:00:00+00:00"},
      "versions": {"prune": "0.1.0", "torch": "2.15.0", "transformers": "5.23.0", "python": "3.11.2"},
      "device": "cpu (x86_64, AVX512, 2 threads)"}
+
+Rows of a task of classes differ in a few fields: "run" has "decided_by" ("head", "zero-shot" or "knn") and no
+"max_new_tokens", "result" has "probes" ({"knn": 0.97, "linear": 0.98}), "cost" counts patches and blocks, its parts of
+FLOPs are embedding, attention, mlp, selection and head, and it has no text, decoding and KV; "prefill_ms" is the time
+of a forward per picture.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from prune._version import __version__
 from prune.apply import Handle
-from prune.errors import BudgetError, PruneError
+from prune.errors import BudgetError, ConfigError, PruneError
 from prune.evals.cache import Cached
 from prune.evals.grid import SHARES, Cell, Spec, applicable, cells, fingerprint
 from prune.evals.results import SCHEMA, ResultsError, append_line, mend, read_lines, read_rows
@@ -35,6 +35,9 @@ from prune.evals.stats import mean_interval
 from prune.evals.subject import Subject, add, divide, score
 from prune.evals.tasks import Task
 from prune.evals.team import Team
+from prune.evals.vit_subject import ViTSubject
+
+TIMES = ("prefill_ms", "decode_ms")
 
 
 @dataclass
@@ -42,12 +45,12 @@ class Sweep:
     """What to run, and where the rows go.
 
     Args:
-        models: names for `prune.loading.load_model`.
-        tasks: to answer.
+        models: names for `prune.loading.load_model`, or for tasks of classes `prune.evals.vision.load_vision`.
+        tasks: to answer; all of questions, or all of classes.
         output: the results file; cells it has already are not run again, failed ones are.
         fresh: put the results file aside first.
         methods: None for all that apply to a model.
-        by: what is made equal: "average" (tokens per decoder layer), "keep" (tokens after the last stage) or "flops".
+        by: what is made equal: "average" (tokens per layer), "keep" (tokens after the last stage) or "flops".
         shares: of the un-pruned amount, in (0, 1].
         batch_size: items per batch. Padding moves results in half precision, so it belongs to a cell's identity.
         dtype, attention: for `load_model`.
@@ -75,8 +78,11 @@ class Sweep:
 
         Raises:
             ResultsError: the results file is of another kind, in use or cannot be written; its rows are kept.
-            PruneError: no model can be loaded. One of several is told of, and fails the run at its end.
+            ConfigError: tasks of questions and tasks of classes in one sweep.
+        PruneError: no model can be loaded. One of several is told of, and fails the run at its end.
         """
+        if len({task.classes is None for task in self.tasks}) > 1:
+            raise ConfigError("tasks of questions and tasks of classes are for different models; run them one by one")
         with self._files():
             tasks = [(task, Cached(task.items)) for task in self.tasks]
             rows: list[dict] = []
@@ -98,7 +104,7 @@ class Sweep:
         """The model and its methods; None, on all processes alike, if it cannot be loaded on one of them."""
         error = None
         try:
-            subject = Subject(name, self.team.device, self.dtype, self.attention)
+            subject = self._subject(name)
             specs = self._methods(subject)
         except PruneError as failure:
             error = failure
@@ -109,6 +115,10 @@ class Sweep:
             raise error or BatchError(reasons[0])
         self.tell(f"{name}: {reasons[0]}")
         return None
+
+    def _subject(self, name: str) -> Subject | ViTSubject:
+        make = ViTSubject if self.tasks[0].classes else Subject
+        return make(name, self.team.device, self.dtype, self.attention)
 
     def _methods(self, subject: Subject) -> Sequence[Spec]:
         if self.methods is not None:
@@ -146,7 +156,7 @@ class Sweep:
             outcome |= {"status": "ok", "error": None, **summary(records, len(items))}
             outcome["measured"]["seconds"] = time.perf_counter() - start
         self._count(counted + len(items) - self.counted)  # a cell that broke off has no more to do
-        device = device_name(subject.model.device) + (f" x {self.team.size}" if self.team.size > 1 else "")
+        device = device_name(subject.device) + (f" x {self.team.size}" if self.team.size > 1 else "")
         row |= {**outcome, "versions": versions(), "device": device}
         if self.team.leads:
             append_line(self.output, row)
@@ -169,7 +179,7 @@ class Sweep:
                 "positions": method.positions if method else None,
             },
             "budget": {"by": cell.by, "share": float(cell.share)} if cell.pruned else None,
-            "run": {"batch_size": self.batch_size, "max_new_tokens": task.max_new_tokens},
+            "run": {"batch_size": self.batch_size, **subject.options(task)},
         }
         return {"schema": SCHEMA, "cell": fingerprint(about), **about}
 
@@ -179,7 +189,7 @@ class Sweep:
         self._count(sum(len(record["scores"]) for record in records.values()))
         every = range(0, len(items), self.batch_size)
         starts = [start for start in every if str(start) not in records]
-        with subject.under(cell) as handle:
+        with subject.under(cell, task) as handle:
             for turn in range(0, len(starts), self.team.size):
                 mine = starts[turn : turn + self.team.size][self.team.rank : self.team.rank + 1]
                 found = [self._batch(start, handle, subject, task, items) for start in mine]
@@ -204,9 +214,9 @@ class Sweep:
                 "error": None,
                 "scores": score(task, part, answers.texts),
                 "kinds": [item.kind for item in part],
+                "probes": {name: score(task, part, texts) for name, texts in answers.probes.items()},
                 "cost": subject.cost(handle, answers),
-                "prefill_ms": 1e3 * answers.prefill / len(part),
-                "decode_ms": 1e3 * answers.decode / max(1, sum(answers.new_tokens) - len(part)),
+                **answers.times,
             }
         except Exception as error:
             reason = " ".join(str(error).split())
@@ -282,6 +292,9 @@ def summary(records: list[dict], items: int) -> dict:
     kinds: dict[str, list[float]] = {}
     for kind, value in zip([kind for record in records for kind in record["kinds"]], scores):
         kinds.setdefault(kind, []).append(value)
+    probes: dict[str, list[float]] = {}
+    for name, values in [pair for record in records for pair in record.get("probes", {}).items()]:
+        probes.setdefault(name, []).extend(values)
     accuracy = mean_interval(scores)
     return {
         "result": {
@@ -290,11 +303,11 @@ def summary(records: list[dict], items: int) -> dict:
             "interval": [accuracy.low, accuracy.high],
             "kinds": {k: {"items": len(v), "accuracy": sum(v) / len(v)} for k, v in sorted(kinds.items()) if k},
             "scores": scores,
+            **({"probes": {name: sum(values) / items for name, values in probes.items()}} if probes else {}),
         },
         "cost": divide(reduce(add, (record["cost"] for record in records)), items),
         "measured": {
-            "prefill_ms": statistics.median(record["prefill_ms"] for record in records),
-            "decode_ms": statistics.median(record["decode_ms"] for record in records),
+            **{key: statistics.median(record[key] for record in records) for key in TIMES if key in records[0]},
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     }

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from prune.apply import Handle, apply_pruner
@@ -30,6 +31,16 @@ class Answers:
     inputs: dict
     prefill: float
     decode: float
+    probes: ClassVar[dict] = {}  # what `prune.evals.vit_subject` has, and questions have not
+
+    @property
+    def times(self) -> dict[str, float]:
+        """In ms: to the first token, per item, and per further token."""
+        count = len(self.texts)
+        return {
+            "prefill_ms": 1e3 * self.prefill / count,
+            "decode_ms": 1e3 * self.decode / max(1, sum(self.new_tokens) - count),
+        }
 
 
 class Subject:
@@ -58,21 +69,23 @@ class Subject:
         }
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     def layers(self) -> int:
         """Number of decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
 
+    def options(self, task: Task) -> dict:
+        """What a row says of how a task is run."""
+        return {"max_new_tokens": task.max_new_tokens}
+
     @contextmanager
-    def under(self, cell: Cell) -> Iterator[Handle]:
-        """The model pruned as the cell says; ratio 0 is bit-identical to un-pruned, and counts tokens all the same."""
-        if not cell.pruned:
-            pruner = apply_pruner(self.model, "random", ratio=0.0)
-        else:
-            wanted = budget(cell.by, cell.share)
-            given = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
-            pruner = apply_pruner(self.model, cell.spec.method(self.layers), **given)
-        with pruner:
-            yield pruner
+    def under(self, cell: Cell, task: Task | None = None) -> Iterator[Handle]:
+        """The model pruned as the cell says, whatever the task."""
+        with apply_cell(self.model, cell, self.layers) as handle:
+            yield handle
 
     def inputs(self, items: Sequence[Item]):
         """What the model takes for a batch of questions, by the processor's chat template, on its device."""
@@ -132,6 +145,16 @@ class Subject:
             "kv_bytes": sum(one.kv_bytes for one in pruned),
             "kv_bytes_full": sum(one.kv_bytes for one in full),
         }
+
+
+def apply_cell(model: nn.Module, cell: Cell, layers: int) -> Handle:
+    """Prune a model of so many layers as the cell says; at ratio 0 it computes bit for bit what it would un-pruned, and
+    its tokens are counted all the same."""
+    if not cell.pruned:
+        return apply_pruner(model, "random", ratio=0.0)
+    wanted = budget(cell.by, cell.share)
+    given = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
+    return apply_pruner(model, cell.spec.method(layers), **given)
 
 
 class Clock(LogitsProcessor):

@@ -22,9 +22,9 @@ LARGEST_DENOMINATOR = 64  # of a share that is written as a fraction
 SLACK = 0.02  # of a budget, by which a cell may miss it without a note
 LONGEST_VALUE = 24  # characters of an option's value in a label
 _BUDGETS = {
-    "average": "at equal average tokens per decoder layer",
+    "average": "at equal average tokens per layer",
     "keep": "at equal numbers of tokens kept",
-    "flops": "at equal prefill FLOPs of the decoder",
+    "flops": "at equal FLOPs of the layers",
 }
 
 
@@ -82,6 +82,11 @@ class Line:
         kinds = (self.row.get("result") or {}).get("kinds") or {}
         return {kind: found["accuracy"] for kind, found in kinds.items() if _number(found.get("accuracy")) is not None}
 
+    @property
+    def probes(self) -> dict[str, float]:
+        """Accuracy of what else was fitted to the features, by name; empty for questions."""
+        return (self.row.get("result") or {}).get("probes") or {}
+
     def cost(self, key: str) -> float | None:
         """A number of the row's `cost`; None where there is none."""
         return _number((self.row.get("cost") or {}).get(key))
@@ -123,6 +128,11 @@ class Comparison:
     def title(self) -> str:
         budgets = "" if self.by is None else ", " + _BUDGETS.get(self.by, f"budgets by {clean(self.by)}")
         return f"{self.model} on {self.task}{budgets}"
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether pictures were sorted into classes, by a vision transformer; else questions were answered."""
+        return any("decided_by" in (line.row.get("run") or {}) for line in self.lines)
 
     @property
     def lines(self) -> list[Line]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prune.budget import Geometry
 from prune.errors import ConfigError
 from prune.method import Method, Stage
-from prune.tokens import AttentionInputs, Tower, VisualTokens
+from prune.tokens import AttentionInputs, BlockAttention, Tower, VisualTokens
 
 SIDE = 24  # tokens along one edge of a tile: CLIP-L at 336 pixels
 TOWER_WIDTH = 1024
@@ -123,6 +123,8 @@ class Synthetic:
                 setattr(tokens, name, self._attention(n))
             elif name in ("normed_features", "inputs"):
                 setattr(tokens, name, self._wide(name, n))
+            elif name == "block":
+                tokens.block = self._block(n)
         if "last_token_attention" in reducer.signals:
             tokens.last_token_attention = self._share("last_token_attention", n)
         if "transition" in reducer.signals:
@@ -178,6 +180,21 @@ class Synthetic:
             text_slots=columns[:, before + n :],
             text_mask=torch.ones_like(columns[:, before + n :], dtype=torch.bool),
             last=columns[:, -1],
+        )
+
+    def _block(self, n: int) -> BlockAttention:
+        """Of a vision transformer of the decoder's width, with a CLS token."""
+        shape, length = self.shape, n + 1
+        queries, keys, values = (self._normal(f"block {x}", shape.tokens + 1, *shape.split)[:, :length] for x in "qkv")
+        return BlockAttention(
+            queries=queries,
+            keys=keys,
+            values=values,
+            valid=torch.ones(shape.batch, length, dtype=torch.bool, device=self.device),
+            bias=None,
+            scale=shape.split[1] ** -0.5,
+            prefix=1,
+            cls=True,
         )
 
     def _tower(self, spec: Tower, n: int) -> Tensor:

@@ -1,6 +1,8 @@
 """Tasks: questions about pictures with their answers, and how what a model says is scored.
 
     load_task("scenes")                            built in, no download
+    load_task("digits")                            built in, for vision transformers; see `prune.evals.image_tasks`
+    load_task("imagefolder:/data/pets")            for vision transformers too
     load_task("folder:/data/mine")                 JSON lines and images; so does a plain path to a folder or .jsonl
     load_task("hf:org/name:config", split="val")   what `datasets.load_dataset` loads, from the hub or a local folder
 
@@ -84,6 +86,21 @@ class LazyItem:
         return self.load()
 
 
+@dataclass(frozen=True)
+class Classes:
+    """What a task of classes, for vision transformers, has beside its items (whose question is empty).
+
+    Args:
+        names: the classes, in the order in which a classifier made for them has them.
+        train: items to fit probes on, none of the task's own; empty where there are none.
+        prompt: what a model of pictures and texts compares a picture with, `{}` standing for a class.
+    """
+
+    names: tuple[str, ...]
+    train: Sequence[Item]
+    prompt: str = "a photo of a {}"
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """Questions, answers and a scorer.
@@ -93,7 +110,8 @@ class Task:
         items: as many as `len()` says; one is made anew each time it is asked for, so only who keeps it keeps pixels.
         scorer: (what the model said, the item) -> score between 0 and 1, 1 is right.
         options: JSON-able; `load_task(name, **options)` loads the same items again.
-        max_new_tokens: how long an answer may get.
+        max_new_tokens: how long an answer may get; 0 for tasks of classes, whose answers are no text.
+        classes: of a task of classes; None for questions.
     """
 
     name: str
@@ -101,13 +119,15 @@ class Task:
     scorer: Callable[[str, Item], float]
     options: dict
     max_new_tokens: int = MAX_NEW_TOKENS
+    classes: Classes | None = None
 
     @cached_property
     def digest(self) -> str:
         """12 hex digits of the questions, answers and kinds of all items, in order, and of the names and sizes of their
-        image files, if they have any. Makes every item once, and opens no picture."""
+        image files, if they have any; then of the items to fit probes on. Makes every item once, and opens no picture.
+        """
         digest = hashlib.sha256()
-        for item in self.items:
+        for item in [*self.items, *(self.classes.train if self.classes else ())]:
             parts = [item.question, accepted(item), item.kind, *getattr(item, "files", ())]
             digest.update(json.dumps(parts).encode() + b"\n")
         return digest.hexdigest()[:12]
@@ -116,7 +136,7 @@ class Task:
 # --------------------------------------------------------------------------------------------------------- loading
 def list_tasks() -> list[str]:
     """The names of the built-in tasks."""
-    return list(LEVELS)
+    return [*LEVELS, "digits"]
 
 
 def load_task(
@@ -133,16 +153,18 @@ def load_task(
 
     Args:
         name: "scenes", "scenes-hard", "folder:PATH", "hf:NAME", "hf:NAME:CONFIG" (NAME: a hub dataset or a local
-            folder), or a path to an existing folder or .jsonl file.
-        split: scenes: "test" (default) or "train"; folder: the stem of one of several .jsonl files; hf: as
-            `load_dataset` takes it, default "test".
+            folder), or a path to an existing folder or .jsonl file; for vision transformers "digits" or
+            "imagefolder:PATH".
+        split: scenes, digits: "test" (default) or "train"; folder: the stem of one of several .jsonl files; hf: as
+            `load_dataset` takes it, default "test"; imagefolder: "test" (default), "train" or "all".
         limit: take the first `limit` items (default and at most: all). Scenes cycle through their kinds, so there a
             prefix is balanced; sort files so that a prefix is fair.
-        seed: another seed gives other scenes. Nothing else is random: other tasks do not use it.
-        scorer: a key of `SCORERS`, default "exact".
+        seed: another seed gives other scenes and other drawings of the digits. Nothing else is random: other tasks do
+            not use it.
+        scorer: a key of `SCORERS`, default "exact"; none for tasks of classes.
         columns: hf only: {"image" | "question" | "answer" | "kind": name of the dataset's column}, by default the same
             names. A picture is a PIL image, {"bytes", "path"} or a path, or a list of these.
-        max_new_tokens: default 3 for scenes, else 16.
+        max_new_tokens: default 3 for scenes, else 16; none for tasks of classes.
 
     Raises:
         TaskError: no such task, split, scorer or column, or bad data; says where.
@@ -150,6 +172,15 @@ def load_task(
     for option, value, least in (("limit", limit, 1), ("seed", seed, 0), ("max_new_tokens", max_new_tokens, 1)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise TaskError(f"{option} must be a whole number, at least {least}, got {value!r}")
+    from prune.evals import image_tasks
+
+    if image_tasks.is_image_task(name):
+        for option, value in dict(scorer=scorer, columns=columns, max_new_tokens=max_new_tokens).items():
+            if value is not None:
+                raise TaskError(f"{option} is for questions; {name} asks for classes, and has none")
+        name, makers, classes, found = image_tasks.load(name, split, seed)
+        limit = limit if limit is not None and limit < len(makers) else None
+        return Task(name, _Items(makers[:limit]), image_tasks.same, found | dict(limit=limit), 0, classes)
     scorer = "exact" if scorer is None else scorer
     if scorer not in SCORERS:
         raise TaskError(f"there is no scorer {scorer!r}; there are {', '.join(SCORERS)}")
@@ -191,11 +222,11 @@ class _Items(Sequence):
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), LEVELS, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), list_tasks(), n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
     return (
-        f"there is no task, folder or .jsonl file {name!r}; {guess}Built in are {', '.join(LEVELS)}; "
-        "else give folder:PATH (JSON lines and images) or hf:NAME (a dataset)"
+        f"there is no task, folder or .jsonl file {name!r}; {guess}Built in are {', '.join(list_tasks())}; "
+        "else give folder:PATH (JSON lines and images), hf:NAME (a dataset) or imagefolder:PATH (a folder per class)"
     )
 
 
@@ -298,7 +329,7 @@ def _read_lines(file: Path, scorer: str) -> Iterator[Callable[[], Item]]:
                 raise TaskError(f"{where}: there is no image {path}; paths are relative to {file.parent}")
             sizes[path] = sizes.get(path) or os.path.getsize(path)
         files = tuple((os.path.relpath(path, file.parent), sizes[path]) for path in paths)
-        yield _item(row, names, where, scorer, partial(_open_all, paths, where), files)
+        yield _item(row, names, where, scorer, partial(open_all, paths, where), files)
 
 
 # -------------------------------------------------------------------------------------------------------- datasets
@@ -362,11 +393,16 @@ def _open_row(pictures, column: str, index: int, where: str) -> list[Image.Image
         raise TaskError(f"{where}: cannot read the picture: {error}") from None
     if value is None or value == []:
         raise TaskError(f"{where}: {column!r} has no picture")
-    return _open_all(value if isinstance(value, list) else [value], f"{where}, {column!r}")
+    return open_all(value if isinstance(value, list) else [value], f"{where}, {column!r}")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
-def _open_all(sources: Sequence, where: str) -> list[Image.Image]:
+def open_all(sources: Sequence, where: str) -> list[Image.Image]:
+    """Pictures, RGB, from paths, PIL images or {"bytes", "path"}.
+
+    Raises:
+        TaskError: one of them is gone or broken; names `where`.
+    """
     try:
         return [_open(source) for source in sources]
     except Exception as error:  # decoders raise anything on a broken picture

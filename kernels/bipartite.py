@@ -79,3 +79,27 @@ def _best(x: Tensor, source: Tensor, destination: Tensor, group: Tensor) -> tupl
     best = torch.cat(found, 1)
     # The matrix product finds the match, the plain product measures it: see `dot` on ties.
     return best, dot(x, x.gather(1, best[..., None].expand_as(x)))
+
+
+def best_match(x: Tensor, y: Tensor, mask: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """For every row of `x` the most similar candidate of `y`.
+
+    Args:
+        x: `[B, N, D]` float.
+        y: `[B, M, D]` float, M at least 1.
+        mask: `[B, M]` bool, the candidates. What the others hold, NaN included, has no influence.
+        chunk: rows of `x` at a time; None takes as many as `ELEMENTS` allows.
+
+    Returns:
+        `index` `[B, N]` int64, ties to the lowest, and `cosine` `[B, N]` fp32, -inf where there is no candidate.
+        Cost: O(B N M D), one matrix product, in chunks of rows.
+    """
+    x, y = unit(x), unit(y.masked_fill(~mask[..., None], 0))
+    chunk = chunk or max(1, ELEMENTS // max(1, y.shape[0] * y.shape[1]))
+    found = []
+    for rows in x.split(chunk, dim=1):
+        with torch.autocast(x.device.type, enabled=False):
+            found.append((rows @ y.mT).masked_fill(~mask[:, None], -torch.inf).argmax(-1))
+    best = torch.cat(found, 1)
+    cosine = dot(x, y.gather(1, best[..., None].expand(-1, -1, y.shape[2])))  # see `_best`
+    return best, cosine.masked_fill(~mask.any(1, keepdim=True), -torch.inf)

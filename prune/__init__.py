@@ -24,12 +24,14 @@ from prune.errors import (
 )
 from prune.method import Method, Reducer, Scorer, Site, Stage
 from prune.registry import MethodInfo, get_method, list_methods, method_info, register
-from prune.report import ImageReport, Report
-from prune.tokens import AttentionInputs, Merge, Reduction, Tower, VisualTokens
+from prune.report import BlockReport, ImageReport, Report
+from prune.tokens import AttentionInputs, BlockAttention, Merge, Reduction, Tower, VisualTokens
 
 __all__ = [
     "AlreadyAttachedError",
     "AttentionInputs",
+    "BlockAttention",
+    "BlockReport",
     "Budget",
     "BudgetError",
     "CacheMismatchError",

@@ -27,21 +27,41 @@ def apply_pruner(
     average: float | None = None,
     flops: float | None = None,
     positions: str | None = None,
+    restore: bool = False,
+    proportional: bool | None = None,
+    block: int | None = None,
     **options,
 ) -> Handle:
-    """Prune the visual tokens of an unmodified vision-language model from now on.
+    """Prune the visual tokens of an unmodified vision-language model or vision transformer from now on.
 
     Forward hooks go on; weights, classes and `forward` methods stay as they are. All checks run first: an error
     leaves the model untouched.
 
     Args:
-        model: a Hugging Face image-text-to-text model (see the README for the families), PEFT-wrapped or not.
+        model: a Hugging Face image-text-to-text model, or a vision transformer of timm, open_clip or Hugging Face (see
+            the README for the families), PEFT-wrapped or not. Of a CLIP model the image side is pruned.
         method: a registered name (`list_methods()`), a method object (`get_method(...)`, `Compose(...)`), or a folder
             (or file) that `save_pretrained` or `prune tune` wrote. A registered name wins over a folder of that name.
         ratio, keep, average, flops: the budget, exactly one of them; see `Budget`. `ratio` is the share REMOVED. A
             saved pruner brings its own, which one given here replaces.
         positions: "original" (kept tokens keep their position ids, gaps stay) or "compact" (renumbered without gaps;
-            for methods that act before the decoder only). None takes the method's own.
+            for methods that act before the decoder only). None takes the method's own. Not for vision transformers:
+            there patches keep their place.
+        restore: for vision transformers: from the first cut on every block hands out features of all patches again
+            (the blocks work on the survivors alone). A merged patch gets a copy of its group, a dropped one what it was
+            when it was dropped, and methods with a reconstruction of their own (`Reducer.restore`) use it. What reads
+            features as a grid, such as `forward_intermediates`, `get_intermediate_layers(reshape=True)` or dense
+            prediction, needs it, and an average over patches then counts merged ones by their number. False leaves the
+            survivors only: hidden states of later layers are shorter, an average is one over the survivors, each
+            counted once. Either way `hidden_states[0]` of a Hugging Face model is what enters block 0, short after a
+            cut at its input. Methods that keep different numbers of patches in the images of a batch need it where
+            the model pools over patches; else their padding is zero behind the last block.
+        proportional: for vision transformers: whether attention counts a merged token as the patches it stands for, by
+            log(size) added to the logits of its key in an additive mask. None takes the method's own
+            (`Reducer.proportional`).
+        block: for vision transformers: the block at whose input a method written for vision-language models acts. None
+            is block k for a method at `decoder:k`, and a third of the depth for one at `projected`. Where such a method
+            reads the attention of the last prompt token it gets that of CLS.
         **options: the method's options, when it is given by name; they replace those of a saved pruner.
 
     Returns:
@@ -63,6 +83,9 @@ def apply_pruner(
         method = saved.build(options, own_budgets=as_saved)
         given = vars(saved.budget) if as_saved and saved.budget is not None else given
         positions = saved.positions if positions is None else positions
+        restore = restore or saved.vit.get("restore", False)
+        proportional = saved.vit.get("proportional") if proportional is None else proportional
+        block = saved.vit.get("block") if block is None else block
     elif isinstance(method, Method):
         if not is_dataclass(method):
             raise ConfigError(f"{type(method).__name__} must be a dataclass, so that its options say what it is")
@@ -81,7 +104,7 @@ def apply_pruner(
 
     from prune.adapters import attach  # model code, and with it transformers, is imported only when there is a model
 
-    return Handle(attach(model, method, budget, positions or method.positions))
+    return Handle(attach(model, method, budget, positions, restore, proportional, block))
 
 
 def get_handle(model: nn.Module) -> Handle | None:
@@ -121,7 +144,10 @@ class Handle:
 
     @property
     def last(self) -> Report | None:
-        """What the last prefill with images did (None before the first). Reading it may wait for the device."""
+        """What the last prefill with images did (None before the first). Reading it may wait for the device.
+
+        On a vision transformer a `prune.report.BlockReport` of the last forward.
+        """
         record = self._engine.record
         return None if record is None else record.report()
 
@@ -144,6 +170,8 @@ class Handle:
         Needed only when image features were merged into `inputs_embeds` by hand: nothing marks them then. Each
         contiguous run of True counts as one image.
         """
+        if not self._engine.takes_visual_mask:
+            raise ConfigError("visual_mask is for vision-language models; every patch of an image is a visual token")
         before, self._engine.visual_mask = self._engine.visual_mask, mask
         try:
             yield
@@ -163,12 +191,13 @@ class Handle:
         Raises:
             ConfigError: the method is not registered, or the file cannot be written.
         """
-        family = self._engine.parts.family.name
+        family = self._engine.family
         config = PrunerConfig.of(
             self.method,
             self.budget,
             positions=self._engine.positions,
             families=() if family == "unknown" else (family,),
+            vit=self._engine.arguments,
             metrics=metrics or {},
         )
         return config.save_pretrained(folder)

@@ -15,6 +15,9 @@ from prune.errors import BudgetError
 class Geometry:
     """The sizes a budget is resolved against: one image in one sample, and the decoder it goes through.
 
+    For a vision transformer the decoder's layers are its blocks, the visual tokens its patches, and the text tokens the
+    prefix tokens (CLS, registers), which always stay.
+
     Args:
         visual_tokens: visual tokens of the image (or of the whole sample, for a `flops` budget).
         text_tokens: all other tokens of the sample; only a `flops` budget looks at them.
@@ -24,6 +27,9 @@ class Geometry:
             the next two: only for the FLOPs of a selection that works on its signals.
         tower_features: channels of what the projector reads for one token.
         projector_flops: of the projector for one token.
+        tower_layers: layers of the vision encoder up to the last one that is read; 0 for a vision transformer alone,
+            whose blocks are `layers`.
+        gated: whether the MLP has three matrices (decoders) or two (most vision transformers).
     """
 
     visual_tokens: int
@@ -38,22 +44,31 @@ class Geometry:
     tower_heads: int = 1
     tower_features: int = 0
     projector_flops: int = 0
+    tower_layers: int = 0
+    gated: bool = True
 
-    def prefill_flops(self, alive: Sequence[int]) -> int:
+    @property
+    def blocks(self) -> int:
+        """Blocks of the vision encoder, or of the vision transformer."""
+        return self.tower_layers or self.layers
+
+    def prefill_flops(self, alive: Sequence[int], in_mlp: Sequence[int] | None = None) -> int:
         """FLOPs of the decoder's prefill, two per multiply-add.
 
-        Counts the q, k, v, o projections, a gated MLP and attention over all T x T pairs (as
+        Counts the q, k, v, o projections, the MLP and attention over all T x T pairs (as
         `torch.utils.flop_counter` counts SDPA: causal masking is not subtracted). Tower, projector and LM head
         are left out: pruning does not change them.
 
         Args:
             alive: visual tokens entering each decoder layer, one number per layer.
+            in_mlp: those its MLP sees, where a cut lies between attention and MLP; None means the same.
         """
         width = self.heads * self.head_dim
-        weights = 2 * self.hidden_size * (width + self.kv_heads * self.head_dim)
-        weights += 3 * self.hidden_size * self.intermediate_size
+        projections = 2 * self.hidden_size * (width + self.kv_heads * self.head_dim)
+        mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         totals = [n + self.text_tokens for n in alive]
-        return sum(2 * t * weights + 4 * t * t * width for t in totals)
+        after = totals if in_mlp is None else [n + self.text_tokens for n in in_mlp]
+        return sum(2 * t * projections + 4 * t * t * width + 2 * m * mlp for t, m in zip(totals, after))
 
     def kv_bytes(self, alive: Sequence[int], bytes_per_value: int = 2) -> int:
         """Bytes of keys and values the decoder stores for `alive` visual tokens per layer plus the text."""
@@ -105,13 +120,19 @@ class Budget:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return ", ".join(f"{name}={value:.4g}" for name, value in given.items() if value is not None)
 
-    def solve(self, geometry: Geometry, alive: Callable[[int], Sequence[int]]) -> int:
+    def solve(
+        self,
+        geometry: Geometry,
+        alive: Callable[[int], Sequence[int]],
+        in_mlp: Callable[[int], Sequence[int]] | None = None,
+    ) -> int:
         """The number of visual tokens one image keeps after the last stage.
 
         Args:
             geometry: sizes; `geometry.visual_tokens` is the un-pruned count N.
             alive: the method's profile: final count -> visual tokens entering each decoder layer. It must not
                 decrease with the final count.
+            in_mlp: the same for what each layer's MLP sees, which `flops` looks at; None means the same numbers.
 
         Returns:
             A count in [1, N]; for `average` and `flops` the one whose cost is nearest (the smaller one on a tie).
@@ -129,7 +150,8 @@ class Budget:
             cost = lambda k: sum(alive(k)) / geometry.layers  # noqa: E731
         else:
             full = geometry.prefill_flops([n] * geometry.layers)
-            target, cost = self.flops, lambda k: geometry.prefill_flops(alive(k)) / full
+            in_mlp = in_mlp or alive
+            target, cost = self.flops, lambda k: geometry.prefill_flops(alive(k), in_mlp(k)) / full
         return self._nearest(target, cost, n)
 
     def _nearest(self, target: float, cost: Callable[[int], float], n: int) -> int:

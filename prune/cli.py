@@ -111,7 +111,7 @@ def list_command(
         rows = [asdict(info) | {"families": tables.families_of(info.name)} for info in infos]
         print(json.dumps(rows, indent=2, default=str))
     elif as_markdown:
-        print(tables.methods_markdown(infos), tables.families_markdown(), sep="\n\n")
+        print(tables.methods_markdown(infos), tables.families_markdown(), tables.vits_markdown(), sep="\n\n")
     elif infos:
         console = _stdout()
         console.print(tables.methods_table(infos, console.width))

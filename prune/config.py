@@ -23,7 +23,8 @@ FILE = "pruner_config.json"
 SCHEMA = 1
 LIMIT = 2**20  # bytes; a config has a few hundred
 POSITIONS = (None, "original", "compact")
-_KNOWN = ("schema", "method", "members", "options", "budget", "positions", "families", "metrics")
+_KNOWN = ("schema", "method", "members", "options", "budget", "positions", "families", "metrics", "vit")
+_VIT = {"block": int, "restore": bool, "proportional": bool}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PrunerConfig:
         positions: "original", "compact", or None for the method's own.
         families: names of the model families it was made or tuned on (README, "Models"); for the reader.
         metrics: JSON-able, for the reader; `prune tune` writes what it measured.
+        vit: arguments of `apply_pruner` for vision transformers, those given: "block", "restore", "proportional".
         members: the methods of a "compose" in order, each with a method, options and maybe a budget.
         extra: keys of the file this version does not know; they are written back as they were.
 
@@ -51,6 +53,7 @@ class PrunerConfig:
     families: tuple[str, ...] = ()
     metrics: dict = field(default_factory=dict)
     members: tuple[PrunerConfig, ...] = ()
+    vit: dict = field(default_factory=dict)
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -61,11 +64,14 @@ class PrunerConfig:
             ("families", tuple, "a list of names"),
             ("metrics", dict, "an object"),
             ("members", tuple, "a list of objects, each with a method"),
+            ("vit", dict, "an object, such as {'block': 4}"),
             ("extra", dict, "an object"),
         ):
             _check(isinstance(getattr(self, name), kind), name, getattr(self, name), wanted)
         _check(all(isinstance(name, str) for name in self.families), "families", self.families, "a list of names")
         _check(self.positions in POSITIONS, "positions", self.positions, "'original' or 'compact'")
+        sound = all(type(value) is _VIT.get(name) for name, value in self.vit.items())
+        _check(sound, "vit", self.vit, "an object with block (a number), restore or proportional (true or false)")
         if clash := sorted(set(self.extra) & set(_KNOWN)):
             raise ConfigError(f"extra may not hold {', '.join(clash)}: these keys have a meaning")
         self.build()
@@ -127,7 +133,7 @@ class PrunerConfig:
             raise ConfigError(f"options {sorted(options)} belong to the members of a compose, not to itself")
         for member in self.members:
             _check(isinstance(member, PrunerConfig), "members", member, "a list of objects, each with a method")
-            if member.positions or member.families or member.metrics:
+            if member.positions or member.families or member.metrics or member.vit:
                 raise ConfigError("a member has a method, options and a budget; positions and the rest go outside")
         budgets = [member.budget for member in self.members if member.budget is not None]
         if budgets and len(budgets) != len(self.members):
@@ -152,7 +158,8 @@ class PrunerConfig:
         if self.budget is not None:
             given = {name: value for name, value in vars(self.budget).items() if value is not None}
             entry["budget"] = {name: int(value) if name == "keep" else float(value) for name, value in given.items()}
-        rest = {"positions": self.positions, "families": list(self.families), "metrics": self.metrics}
+        rest = {"positions": self.positions, "families": list(self.families), "vit": self.vit}
+        rest["metrics"] = self.metrics
         return entry | {name: value for name, value in rest.items() if value} | self.extra
 
     @classmethod

@@ -66,7 +66,7 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto", attent
     """
     import torch
 
-    device = _device(device)
+    device = pick_device(device)
     check_model_name(name)
     if not sys.stderr.isatty():
         _silence_bars()
@@ -141,7 +141,12 @@ def _load_demo(name: str, dtype: str):
     return model if dtype == "auto" else model.to(getattr(torch, dtype)), processor
 
 
-def _device(name: str | None) -> str:
+def pick_device(name: str | None) -> str:
+    """The device of that name; without one the GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
     import torch
 
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -101,7 +101,14 @@ class Method:
 
     def stages(self, geometry: Geometry, budget: Budget) -> tuple[Stage, ...]:
         """The stages for one image under a budget."""
-        return self.plan(geometry, budget.solve(geometry, lambda keep: alive(geometry, self.plan(geometry, keep))))
+        return self.plan(
+            geometry,
+            budget.solve(
+                geometry,
+                lambda keep: alive(geometry, self.plan(geometry, keep)),
+                lambda keep: alive(geometry, self.plan(geometry, keep), in_mlp=True),
+            ),
+        )
 
     def kept(self, n_visual: int, budget: Budget, geometry: Geometry | None = None) -> int:
         """Exactly how many of `n_visual` tokens are left after the last stage (an upper bound if `adaptive`)."""
@@ -110,20 +117,48 @@ class Method:
         return stages[-1].keep if stages else n_visual
 
 
-def alive(geometry: Geometry, stages: Sequence[Stage]) -> list[int]:
-    """Visual tokens entering each decoder layer, `geometry.layers` numbers."""
+def alive(geometry: Geometry, stages: Sequence[Stage], in_mlp: bool = False) -> list[int]:
+    """Visual tokens entering each decoder layer (or block), `geometry.layers` numbers.
+
+    Args:
+        in_mlp: count those each layer's MLP sees instead; they are fewer where a stage acts inside that block.
+    """
     count, out, pending = geometry.visual_tokens, [], list(stages)
     for layer in range(geometry.layers):
-        while pending and (pending[0].site.kind != "decoder" or pending[0].site.layer <= layer):
+        while pending and _first_short(pending[0], in_mlp) <= layer:
             count = pending.pop(0).keep
         out.append(count)
     return out
 
 
+def _first_short(stage: Stage, in_mlp: bool) -> int:
+    """The first layer that is entered by (or whose MLP sees) what the stage leaves over."""
+    if stage.site.kind not in ("decoder", "block"):
+        return 0
+    inside = stage.site.kind == "block" and stage.reducer.place == "inside"
+    return stage.site.layer + (inside and not in_mlp)
+
+
 class Reducer(Method):
-    """A one-stage method: implement `reduce`, and set `site` (an attribute or a property)."""
+    """A one-stage method: implement `reduce`, and set `site` (an attribute or a property).
+
+    Attributes:
+        site: where it acts, as `Site.parse` reads it.
+        place: at a block of a vision transformer, where in it: "input" (the tokens that enter the block) or "inside"
+            (between attention, with its residual, and the second norm: the MLP sees the survivors only). May be a
+            property or an option.
+        proportional: True if attention should count merged tokens by their size, by default: log(size) is added to
+            the logits of every key. `apply_pruner(proportional=...)` overrides it.
+        reconstructs: True if the reducer has a `restore` of its own.
+        block_reads: which of "q", "k" and "v" it reads of the signal "block"; others are not made where that costs a
+            projection, and not priced.
+    """
 
     site: str = "projected"
+    place: str = "input"
+    proportional: bool = False
+    reconstructs: ClassVar[bool] = False
+    block_reads: ClassVar[str] = "qk"
 
     def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
         """Choose the survivors.
@@ -133,6 +168,23 @@ class Reducer(Method):
             keep: per row the count to keep, on the host; at most the row's number of real tokens.
         """
         raise NotImplementedError
+
+    def restore(self, before: Tensor, after: Tensor, now: Tensor) -> Tensor:
+        """The full grid again, for `apply_pruner(restore=True)` on a vision transformer, if `reconstructs`.
+
+        Args:
+            before: `[B, N, D]` patches that entered this reducer.
+            after: `[B, K, D]` those that left it.
+            now: `[B, K, D]` the same K tokens after the last block (or as the stage behind this one restored them).
+
+        Returns:
+            `[B, N, D]`.
+        """
+        raise NotImplementedError
+
+    def restore_flops(self, geometry: Geometry, keep: int) -> int:
+        """FLOPs of the matrix products in `restore` for one image; 0 by default. See `selection_flops`."""
+        return 0
 
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
         """FLOPs of the matrix products in one image's selection, two per multiply-add; 0 by default.

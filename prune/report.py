@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from prune.budget import Geometry
+from prune.method import Site
+from prune.registry import acts_at
 
 
 @dataclass(frozen=True)
@@ -127,5 +129,52 @@ class Report:
                 f"prefill {now / full:.1%} of {full / 1e9:.3g} GFLOPs, "
                 f"KV {self.kv_bytes[sample] / self.kv_bytes_full[sample]:.1%} "
                 f"of {self.kv_bytes_full[sample] / 2**20:.3g} MiB"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class BlockImage(ImageReport):
+    """One image of the last forward of a vision transformer.
+
+    Args:
+        order: numbers of the patches left at the end, in the order the tokens have (after the prefix tokens).
+        slots: `[n]` for every patch the slot in `order` it is in at the end: its own, that of the token it was merged
+            into, or -1 if it was dropped.
+    """
+
+    order: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class BlockReport(Report):
+    """The last forward of a vision transformer: `handle.last`.
+
+    As `Report`, with blocks in the place of decoder layers: every image is a sample, `text_tokens` are the prefix
+    tokens (CLS, registers), there is no KV cache, and FLOPs are those of the blocks alone, without patch embedding and
+    head.
+
+    Args:
+        tokens_per_mlp: `[samples][layers]` patches every block's MLP sees.
+    """
+
+    tokens_per_mlp: list[list[int]]
+
+    @property
+    def flops(self) -> list[int]:
+        """Per image: FLOPs of the blocks with pruning, `Geometry.prefill_flops`; signals and selection not counted."""
+        rows = zip(self._samples(), self.tokens_per_mlp)
+        return [geometry.prefill_flops(alive, in_mlp) for (geometry, alive), in_mlp in rows]
+
+    def __str__(self):
+        lines = [f"{self.method} ({self.budget})"]
+        for image, now, full in zip(self.images, self.flops, self.flops_full):
+            counts = [image.tokens, *(len(kept) for kept in image.stages.values())]
+            shown = [*counts[:3], "...", *counts[-2:]] if len(counts) > 6 else counts
+            sites = acts_at([Site.parse(site) for site in image.stages]) or "none pruned"
+            lines.append(
+                f"  image {image.sample}: {' -> '.join(map(str, shown))} patches ({sites}), "
+                f"blocks {now / full:.1%} of {full / 1e9:.3g} GFLOPs"
             )
         return "\n".join(lines)

@@ -11,10 +11,13 @@ from rich import box
 from rich.table import Table
 
 from prune.adapters.families import FAMILIES
+from prune.adapters.vit_families import VIT_FAMILIES
 from prune.registry import MethodInfo
 
 NARROW = 160
 FLAGS = ("merges", "adaptive", "question")
+MODELS = tuple(family.name for family in FAMILIES)
+VITS = tuple(family.name for family in VIT_FAMILIES)
 
 
 @cache
@@ -30,18 +33,30 @@ def families_of(method: str) -> dict[str, str] | None:
     return _probed().get(method)
 
 
-def families_words(method: str) -> str:
-    """The same in a few words: "all", "all but A, B (why)", or "not probed"."""
+def families_words(method: str, families: Sequence[str]) -> str:
+    """The same of some families in a few words: "all", "all but A, B (why)", "none (why)", or "not probed"."""
     found = families_of(method)
     if found is None:
         return "not probed"
+    found = {family: found[family] for family in families}
     refused: dict[str, list[str]] = {}
     for family, outcome in found.items():
         if outcome != "works":
             refused.setdefault(outcome, []).append(family)
     if not refused:
         return "all"
+    if len(refused) == 1 and "works" not in found.values():
+        return f"none ({next(iter(refused))})"
     return "all but " + ", ".join(f"{', '.join(names)} ({why})" for why, names in refused.items())
+
+
+def _count(method: str, families: Sequence[str]) -> str:
+    """How many of some families a method works on: "all", "5 of 8"."""
+    found = families_of(method)
+    if found is None:
+        return "?"
+    works = [found[family] for family in families].count("works")
+    return "all" if works == len(families) else f"{works} of {len(families)}"
 
 
 def methods_table(infos: Sequence[MethodInfo], width: int) -> Table:
@@ -51,27 +66,25 @@ def methods_table(infos: Sequence[MethodInfo], width: int) -> Table:
     """
     narrow = width < NARROW
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
-    table.caption = f"all families: {', '.join(family.name for family in FAMILIES)}"
+    table.caption = f"models: {', '.join(MODELS)}; vision transformers (ViTs): {', '.join(VITS)}"
     table.add_column("method", style="bold cyan", no_wrap=True)
     table.add_column("paper", no_wrap=narrow)
     table.add_column("acts at", no_wrap=not narrow, overflow="fold")
     table.add_column("needs", overflow="fold")
     for heading in ("is",) if narrow else FLAGS:
         table.add_column(heading, justify="left" if narrow else "center")
-    table.add_column("families", no_wrap=narrow)
+    table.add_column("models", no_wrap=narrow)
+    table.add_column("ViTs", no_wrap=narrow)
     for info in infos:
-        flags, found = _flags(info), families_of(info.name)
+        flags, describe = _flags(info), families_words
         if narrow:
             words = [name for name, flag in zip(FLAGS, flags) if flag == "yes"]
-            paper, flags = info.arxiv or "-", [", ".join(words) or "-"]
-            families = families_words(info.name)
-            if families.startswith("all but"):
-                families = f"{list(found.values()).count('works')} of {len(found)}"
-                table.caption = "`prune list --json` says which families refuse a method, and why"
+            paper, flags, describe = info.arxiv or "-", [", ".join(words) or "-"], _count
+            table.caption = "`prune list --json` says which models and vision transformers refuse a method, and why"
         else:
             paper = f"{info.title} arXiv:{info.arxiv}" if info.arxiv else info.title
-            families = families_words(info.name)
-        table.add_row(info.name, paper, info.where, ", ".join(info.signals) or "-", *flags, families)
+        works = describe(info.name, MODELS), describe(info.name, VITS)
+        table.add_row(info.name, paper, info.where, ", ".join(info.signals) or "-", *flags, *works)
     return table
 
 
@@ -81,9 +94,20 @@ def methods_markdown(infos: Sequence[MethodInfo]) -> str:
     for info in infos:
         paper = f"[{info.title}](https://arxiv.org/abs/{info.arxiv})" if info.arxiv else info.title
         signals = ", ".join(f"`{signal}`" for signal in info.signals) or "-"
-        families = families_words(info.name)
-        rows.append((f"`{info.name}`", paper, f"`{info.where}`", signals, *_flags(info), info.positions, families))
-    headings = ("method", "paper", "acts at", "signals", "merges", "adaptive", "question", "positions", "families")
+        works = families_words(info.name, MODELS), families_words(info.name, VITS)
+        rows.append((f"`{info.name}`", paper, f"`{info.where}`", signals, *_flags(info), info.positions, *works))
+    headings = (
+        "method",
+        "paper",
+        "acts at",
+        "signals",
+        "merges",
+        "adaptive",
+        "question",
+        "positions",
+        "models",
+        "ViTs",
+    )
     return _markdown(headings, rows)
 
 
@@ -99,6 +123,15 @@ def families_markdown() -> str:
         for family in FAMILIES
     ]
     return _markdown(("family", "`model_type`", "video", "example on the hub"), rows)
+
+
+def vits_markdown() -> str:
+    """The README's table of vision transformers."""
+    rows = [
+        (family.name, ", ".join(f"`{name.rpartition('.')[2]}`" for name in family.trunks), family.example)
+        for family in VIT_FAMILIES
+    ]
+    return _markdown(("family", "class, and its subclasses", "example"), rows)
 
 
 def _flags(info: MethodInfo) -> tuple[str, ...]:

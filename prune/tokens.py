@@ -25,6 +25,9 @@ TOWER_KINDS = (
 )
 """What `Tower.kind` may be."""
 
+ALIVE = "alive"
+"""One more kind, for the engine itself: 1 for tokens whose patch was left by stages inside the encoder, else 0."""
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -63,7 +66,7 @@ class Tower:
     threshold: float | None = None
 
     def __post_init__(self):
-        if self.kind not in TOWER_KINDS:
+        if self.kind not in (*TOWER_KINDS, ALIVE):
             raise ConfigError(f"tower signal {self.kind!r} is unknown; known are {', '.join(TOWER_KINDS)}")
         share = isinstance(self.layer, float)
         whole = self.layer is None or (isinstance(self.layer, int) and not isinstance(self.layer, bool))
@@ -92,7 +95,8 @@ class AttentionInputs:
         sample: `[B]` int64 row of every image.
         slots: `[B, N]` int64, where the image's tokens are among the L.
         text_slots, text_mask: `[B, T]`, where the text after the image is; `text_mask` False for padding.
-        last: `[S]` int64 slot of the last valid token.
+        last: `[S]` int64 slot of the last valid token; in a vision transformer, of the CLS token.
+        causal: False in vision transformers, where every token looks at every other.
     """
 
     queries: Tensor
@@ -105,6 +109,36 @@ class AttentionInputs:
     text_slots: Tensor
     text_mask: Tensor
     last: Tensor
+    causal: bool = True
+
+
+@dataclass
+class BlockAttention:
+    """Queries, keys and values of the attention of a vision transformer that ran last before the site.
+
+    `P` prefix tokens (CLS, distillation, registers) come first, then the N patches the reducer was given. For a reducer
+    with `place = "inside"` this is the attention of the site's own block, else that of the block before.
+
+    Args:
+        queries, keys: `[B, P + N, H, d]` as they meet in the attention: after norms over heads and rotary embedding.
+        values: `[B, P + N, H, d]`.
+        valid: `[B, P + N]` bool, False for the padding of ragged counts.
+        bias: `[B, P + N]` fp32 that was added to the logits of every key (proportional attention), or None.
+        scale: factor of the logits.
+        prefix: P.
+        cls: whether the first token is a CLS token.
+        raw_keys: `[B, P + N, H, d]` keys before norms and rotary embedding; None where they are `keys`.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    bias: Tensor | None
+    scale: float
+    prefix: int
+    cls: bool
+    raw_keys: Tensor | None = None
 
 
 @dataclass
@@ -145,6 +179,10 @@ class VisualTokens:
             (the question); ascending, padded anywhere, see `text_mask`.
         text_mask: `[B, T]` bool.
         text_columns: `[B, T]` int64.
+        sizes: `[B, N]` fp32, the patches every token stands for, at the blocks of a vision transformer; None means all
+            stand for one.
+        prefix_features: `[B, P, D]` the prefix tokens (CLS first, if there is one) at a block; None elsewhere.
+        block: the attention that ran last before the site, at the blocks of a vision transformer.
         text_keys: `[B, T, H_kv, d]`, given when both `keys` and `text_features` are declared.
         normed_text: `[B, T, D]`, given when both `normed_features` and `text_features` are declared.
     """
@@ -174,6 +212,9 @@ class VisualTokens:
     transition_sums: Tensor | None = None
     inputs: Tensor | None = None
     text_inputs: Tensor | None = None
+    sizes: Tensor | None = None
+    prefix_features: Tensor | None = None
+    block: BlockAttention | None = None
 
     def __post_init__(self):
         shape, device = self.features.shape[:2], self.features.device
@@ -195,8 +236,10 @@ SIGNALS = (
     "entry_attention",
     "transition",
     "inputs",
+    "block",
 )
-"""Names a reducer may declare in `signals`. `text_features` and `inputs` add `text_mask` and `text_columns` too."""
+"""Names a reducer may declare in `signals`. "block" exists at the blocks of vision transformers only.
+`text_features` and `inputs` add `text_mask` and `text_columns` too."""
 
 
 @dataclass
@@ -232,14 +275,19 @@ class Reduction:
     """Which tokens survive.
 
     Args:
-        keep: `[B, K]` int64 indices into the row's N tokens, ascending over the valid slots.
+        keep: `[B, K]` int64 indices into the row's N tokens, ascending over the valid slots; at a block of a vision
+            transformer in any order, which becomes the order of the tokens.
         valid: `[B, K]` bool, False for the padding of ragged counts (at the end of the row); None means all valid.
         merge: what to fold into the kept tokens before the rest is dropped, if anything.
+        sizes: `[B, K]` fp32, the patches every kept token stands for from now on, at a block only; None counts them
+            from the merge: a kept token has its own size plus that of what is folded into it, and a source that goes
+            to several slots is split in proportion to its weights.
     """
 
     keep: Tensor
     valid: Tensor | None = None
     merge: Merge | None = None
+    sizes: Tensor | None = None
 
     def __post_init__(self):
         if self.valid is None:

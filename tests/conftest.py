@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that tests import tiny, ref
 torch.set_num_threads(1)  # two busy ones are ten times slower on models this small
 transformers.logging.set_verbosity_error()
 
-CELLS = ("test_contract", "test_bad_input")
+CELLS = ("test_contract", "test_bad_input", "test_vit_contract")
 
 
 @pytest.fixture(autouse=True)

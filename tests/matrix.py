@@ -116,6 +116,9 @@ ROWS = (
     Row("pooling", {}),
 )
 
+IN_VITS = ("bat", "expedit", "index_preserving", "tome")
+"""Methods that act at blocks of vision transformers, and in no family here: see test_vit_contract.py."""
+
 PROJECTED = Row("random", {"seed": 1})
 COMPACT = Row("divprune", {}, {"keep": 3}, positions="compact")
 DECODER = Row("fastv", {"layer": 1})

@@ -42,9 +42,10 @@ def _clip_text():
                                               num_attention_heads=3))  # fmt: skip
 
 
-def _vit():
-    return hf.ViTModel(hf.ViTConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=3,
-                                    image_size=16, patch_size=4))  # fmt: skip
+def _swin():
+    return hf.SwinModel(
+        hf.SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[2], window_size=2)
+    )
 
 
 def _audio():
@@ -72,7 +73,7 @@ def _without_tower():
 MODELS = {
     "text only": (_text_only, "language_model.*LLaVA"),
     "text tower": (_clip_text, "language_model.*LLaVA"),
-    "plain ViT": (_vit, "language_model.*LLaVA"),
+    "vision without a plain stack of blocks": (_swin, "language_model.*LLaVA.*timm ViT"),
     "audio": (_audio, "language_model.*LLaVA"),
     "plain module": (lambda: nn.Linear(2, 2), "language_model.*LLaVA"),
     "no vision tower": (_without_tower, "vision tower.*LLaVA"),

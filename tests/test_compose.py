@@ -7,7 +7,8 @@ from tiny import LAYERS, Image, Sample, collate, shared
 from prune import Budget, Compose, ConfigError, Geometry, Method, apply_pruner, get_method, list_methods
 from prune.kernels.depth import scale_layers
 
-SINGLE = [name for name in list_methods() if len(get_method(name).sites(LAYERS)) == 1]
+KINDS = {name: [site.kind for site in get_method(name).sites(LAYERS)] for name in list_methods()}
+SINGLE = [name for name, kinds in KINDS.items() if kinds in (["projected"], ["decoder"])]
 
 
 def member(name: str, layer: int) -> Method:

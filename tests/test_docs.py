@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prune import list_methods, method_info
 from prune.adapters.families import FAMILIES
-from prune.tables import families_markdown, methods_markdown
+from prune.tables import families_markdown, methods_markdown, vits_markdown
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -25,6 +25,7 @@ def test_method_table_is_what_the_registry_says():
 def test_family_table_is_what_the_adapters_say():
     table = section("families")
     assert table == families_markdown()
+    assert section("vits") == vits_markdown()
     assert all(family.name in table for family in FAMILIES)
 
 

@@ -21,7 +21,7 @@ from prune.kernels.tiles import tile_groups, tile_shares
 from prune.method import alive
 from prune.reducers import ficoco, transprune, vflowopt
 from prune.reducers.aim import Merging, Ranking, halvings
-from prune.reducers.flowcut import Encoded, Instructed, schedule
+from prune.reducers.flowcut import Encoded, Instructed
 from prune.reducers.framefusion import Attended, Fusing, fuse
 from prune.tokens import AttentionInputs
 
@@ -228,7 +228,6 @@ def test_constant_inputs(stage, value, n):
         ("vflowopt", {"cell": 0.5}),
         ("vflowopt", {"alpha": math.nan}),
         ("vflowopt", {"threshold": -1.0}),
-        ("ficoco", {"variant": "v"}),
         ("ficoco", {"variant": "x"}),
         ("ficoco", {"layers": (0, 1)}),
         ("ficoco", {"beta": -0.1}),
@@ -710,30 +709,6 @@ def test_flowcut_decoder_by_hand():
             similar = similar + (v[here] @ v[last] * DIM**-0.5).softmax(0) / HEADS
         strength = given.values[b, here].double().mean(1).abs().sum(1)
         close(found[b, :n], (attention + similar) * strength)
-
-
-def test_flowcut_rows_lose_their_own_number():
-    """Unlike the authors' code, where the most concentrated image decides for all; the schedule ends at the target."""
-    weights = torch.randn(5, 3, 8, 8)
-
-    def layer(number):
-        def run(hidden, alive):
-            q, k, v = ((hidden @ w).unflatten(-1, (2, 4)) for w in weights[number])
-            return q, k, v, hidden + row_attention(q, k, 0.5, alive[:, None]).mean(1) @ hidden
-
-        return run
-
-    layers, hidden = (
-        [layer(number) for number in range(5)],
-        torch.randn(2, 31, 8) * torch.tensor([0.3, 1.0]).view(2, 1, 1),
-    )
-    together, shared = (schedule(layers, hidden, 6, 4, shared=flag) for flag in (False, True))
-    assert together.alive.sum(1).tolist() == shared.alive.sum(1).tolist() == [6, 6]
-    for b in range(2):
-        alone = schedule(layers, hidden[b : b + 1], 6, 4)
-        assert torch.equal(alone.alive[0], together.alive[b])
-    between = [result.flows[2].alive.sum(1).tolist() for result in (together, shared)]
-    assert between[0][0] > between[0][1] == between[1][0] == between[1][1] < 30
 
 
 def test_flowcut_schedule():

@@ -132,8 +132,8 @@ def test_scorers(scorer, said, answer, score):
 
 # --------------------------------------------------------------------------------------------------------- built in
 def test_scenes_are_the_test_items_with_their_own_defaults():
-    assert list_tasks() == ["scenes", "scenes-hard"]
-    for name in list_tasks():
+    assert list_tasks() == ["scenes", "scenes-hard", "digits"]
+    for name in ("scenes", "scenes-hard"):
         task, items = load_task(name), Scenes(name, "test")
         assert len(task.items) == len(items) == 1000 and task.name == name and task.max_new_tokens == 3
         assert task.items[7].question == items[7].question and task.items[-1].things == items[999].things

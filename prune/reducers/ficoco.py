@@ -10,13 +10,14 @@ from torch import Tensor
 
 from prune.budget import Geometry
 from prune.errors import ConfigError
-from prune.kernels.attention import ELEMENTS
 from prune.kernels.compaction import take
 from prune.kernels.depth import ascending, scale_layers
-from prune.kernels.merging import chosen_indices, folds
+from prune.kernels.merging import chosen_indices
+from prune.kernels.recipients import split_among_recipients
 from prune.kernels.similarity import dot
 from prune.kernels.topk import topk_mask
 from prune.method import Reducer, Site, Stage
+from prune.reducers.ficoco_v import FiCoCoV
 from prune.registry import register
 from prune.tokens import AttentionInputs, Merge, Reduction, VisualTokens
 
@@ -24,18 +25,26 @@ from prune.tokens import AttentionInputs, Merge, Reduction, VisualTokens
 @register
 @dataclass
 class FiCoCo(Reducer):
-    """In front of every layer from the fifth on, fold a few redundant visual tokens into their strongest correlates.
+    """Layer by layer, fold a few redundant visual tokens into their strongest correlates.
 
-    Based on "Filter, Correlate, Compress: Training-Free Token Reduction for MLLM Acceleration" (arXiv 2411.17686),
-    FiCoCo-L. All attention is that of the layer before, as logits without causal mask, mean over heads. Filter: a token
-    is redundant that attends much to the image and little to the text, beta * mean over the image - (1 - beta) * mean
-    over the text. Correlate: gamma * its attention to a kept token + (1 - gamma) * the way there over the text; the
-    recipients of a token are the kept ones in the top `1 - quantile` of that. Compress: its feature is split over them
-    by softmax and averaged in: (x + sum a s) / (1 + sum a).
+    Based on "Filter, Correlate, Compress: Training-Free Token Reduction for MLLM Acceleration" (arXiv 2411.17686).
+
+    FiCoCo-L (`variant="l"`) acts in front of every decoder layer from the fifth on. All attention is that of the layer
+    before, as logits without causal mask, mean over heads. Filter: a token is redundant that attends much to the image
+    and little to the text, beta * mean over the image - (1 - beta) * mean over the text. Correlate: gamma * its
+    attention to a kept token + (1 - gamma) * the way there over the text; the recipients of a token are the kept ones
+    in the top `1 - quantile` of that. Compress: its feature is split over them by softmax and averaged in:
+    (x + sum a s) / (1 + sum a).
+
+    FiCoCo-V (`variant="v"`) acts inside the encoder, between attention and MLP of every block of the second half (index
+    12 on of 24). Filter: a patch is redundant that attends much to the patches and that CLS attends little to, beta *
+    mean attention to the patches - (1 - beta) * attention of CLS, softmax, mean over heads; that of the most redundant
+    patch of every 2 x 2 window counts double, so that all regions lose some. Without CLS, minus the cosine of a patch's
+    key to the mean key is the second term. Correlate and compress: as above, by the attention to patches that stay.
 
     Every layer removes the same number. With 32 layers, 576 tokens and a final count of 198 that is the released 14.
 
-    Where paper, authors' code and we differ (`compat=True` is the code's way in all but the first and the last two):
+    Where paper, authors' code and we differ in L (`compat=True` is the code's way in all but the first and last two):
         - the code takes the first 576 columns for the image, system prompt and all; we take the image;
         - mean over the image, as in the paper; the code sums, so that its text term hardly counts;
         - recipients are kept tokens, as many as its own quantile gives; in the code tokens folded themselves can
@@ -46,27 +55,32 @@ class FiCoCo(Reducer):
         - tokens are folded between two layers, by attention of the one before; the code does so inside the layer,
           between attention and MLP;
         - positions are kept; the code truncates them and, in decoding, lags by one layer.
+    In V we follow the paper; the released code cannot be run in a model to any purpose, for it loses the CLS token in
+    its second layer (see `ficoco_v.released_v`, which repeats it). Of our own are: a negative redundancy is halved
+    where a positive one is doubled, as in the code; on odd grids the last windows are smaller, the code has none there;
+    every image decides for itself, the code once per batch; weights are C / sum C, of a softmax none is negative.
 
-    Cost per layer: O((N + T) H d) to filter, O(r (N + T) H d + T N H d + r T N) for r tokens folded and T of text.
-    Signals: attention.
+    Cost per layer: L O((N + T) H d) to filter, O(r (N + T) H d + T N H d + r T N) for r tokens folded and T of text;
+    V O(N^2 H d) in chunks. Signals: attention (L), block (V).
 
     Args:
-        variant: "l", in the decoder. "v", in the vision encoder, is not available yet.
-        layers: the decoder layers in front of which tokens are folded, ascending, at least 1. None: all from the fifth
-            of 32 (index 5) on, or from as deep elsewhere.
-        beta: weight of the image beside the text in the filter, in [0, 1].
-        gamma: weight of the direct correlation, in [0, 1].
+        variant: "l", in the decoder, or "v", inside the vision encoder.
+        layers: the decoder layers in front of which, or the blocks in which, tokens are folded, ascending, at least 1.
+            None: all from the fifth of 32 (index 5), for V from the middle (index 12 of 24) on.
+        beta: weight of the image beside the text, or CLS, in the filter, in [0, 1]; None is the paper's: 0.6 for L,
+            0.35 for V.
+        gamma: weight of the direct correlation in L, in [0, 1].
         quantile: of the correlations of a token, above which they are recipients, in [0, 1).
-        compat: the authors' arithmetic.
+        compat: the authors' arithmetic; L only.
         newlines: count separators inside the image (`image_newline`) as visual tokens.
 
     Raises:
-        ConfigError: an option is out of range, or `variant="v"`.
+        ConfigError: an option is out of range, or `compat` with V.
     """
 
     variant: str = "l"
     layers: tuple[int, ...] | None = None
-    beta: float = 0.6
+    beta: float | None = None
     gamma: float = 0.6
     quantile: float = 0.998
     compat: bool = False
@@ -79,24 +93,35 @@ class FiCoCo(Reducer):
     merges = True
 
     def __post_init__(self):
+        if self.variant not in ("l", "v"):
+            raise ConfigError(f"variant={self.variant!r} must be 'l' (in the decoder) or 'v' (inside the encoder)")
         if self.variant == "v":
-            raise ConfigError('variant="v" acts inside the vision encoder, which comes with vision sites; use "l"')
-        if self.variant != "l":
-            raise ConfigError(f"variant={self.variant!r} must be 'l'")
+            if self.compat:
+                raise ConfigError(
+                    'compat=True with variant="v" is refused: the released code re-orders its tokens, loses the CLS '
+                    "token in its second layer and carries state from image to image; leave compat out"
+                )
+            self.signals = ("block",)
+        if self.beta is None:
+            self.beta = 0.6 if self.variant == "l" else 0.35
         if self.layers is not None:
-            self.layers = tuple(self.layers)
-            if not ascending(self.layers):
+            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
+            if not ascending(layers):
                 raise ConfigError(f"layers={self.layers} must be ascending whole numbers >= 1, such as range(5, 32)")
+            self.layers = layers
         for option in ("beta", "gamma", "quantile"):
             value = getattr(self, option)
             if not 0 <= value <= 1 or (option == "quantile" and value == 1):
                 raise ConfigError(f"{option}={value!r} must be in [0, 1{')' if option == 'quantile' else ']'}")
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
-        layers = self.layers or range(scale_layers((5,), 32, geometry.layers)[0], geometry.layers)
+        kind, reducer, start, depth = "decoder", self, ((5,), 32), geometry.layers
+        if self.variant == "v":
+            kind, reducer, start, depth = "block", FiCoCoV(self.beta, self.quantile), ((12,), 24), geometry.blocks
+        layers = self.layers or range(scale_layers(*start, depth)[0], depth)
         n, rounds = geometry.visual_tokens, len(layers)
         return tuple(
-            Stage(Site.parse(f"decoder:{layer}"), self, n - (n - keep) * done // rounds)
+            Stage(Site.parse(f"{kind}:{layer}"), reducer, n - (n - keep) * done // rounds)
             for done, layer in enumerate(layers, 1)
         )
 
@@ -118,20 +143,12 @@ def ficoco_l(
     if compat:
         redundancy[:, 0] = -torch.inf
     chosen = topk_mask(-redundancy, keep, mask)
-    width = mask.shape[1] - min(keep, default=0)
-    source, real = chosen_indices(mask & ~chosen, width)
-    found = [
-        recipients(attention.correlation(part, gamma, compat), mask if compat else chosen, quantile)
-        for part in source.split(max(1, ELEMENTS // max(1, mask.numel())), dim=1)
-    ]
-    target, share = (torch.cat(parts, 1) for parts in zip(*found))  # [B, R, K]
-    share = share.masked_fill(~real[..., None], 0)
-    source = source[..., None].expand_as(target).flatten(1)
-    source, slot, weight = folds(chosen, source, target.flatten(1), share.flatten(1))
+    correlation = lambda source: attention.correlation(source, gamma, compat)  # noqa: E731
+    candidates = mask if compat else chosen
+    source, slot, weight, received = split_among_recipients(correlation, chosen, mask, keep, quantile, candidates)
     index, valid = chosen_indices(chosen, max(keep, default=0))
     if compat:
         return Reduction(index, valid, Merge(source, slot, weight))
-    received = torch.zeros(index.shape, device=weight.device).scatter_add_(1, slot, weight)
     weight = weight / (1 + received).gather(1, slot)
     return Reduction(index, valid, Merge(source, slot, weight, 1 / (1 + received)))
 
@@ -179,65 +196,3 @@ class Logits:
             over_text = (queries @ self.text_keys.mT) @ (self.text_queries @ self.keys.mT)
         found = gamma * direct + (1 - gamma) * over_text
         return found.scatter(2, source[..., None], -torch.inf) if compat else found
-
-
-def recipients(correlation: Tensor, candidates: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """The candidates above the quantile of every row, at least one, and the softmax over them, strongest first.
-
-    Args:
-        correlation: `[B, R, N]` fp32.
-        candidates: `[B, N]` bool.
-
-    Returns:
-        `[B, R, K]` int64 and fp32. Rows with fewer recipients than K have weight 0 at the end.
-    """
-    allowed = correlation.masked_fill(~candidates[:, None], -torch.inf)
-    n = candidates.sum(1) - 1
-    number = (n - (n.double() * quantile).floor().long()).clamp(min=1)[:, None, None]
-    most = max(1, candidates.shape[1] - 1 - int((candidates.shape[1] - 1) * quantile))
-    logits, target = allowed.sort(dim=-1, descending=True, stable=True)
-    logits, target = logits[..., :most], target[..., :most]
-    logits = logits.masked_fill(torch.arange(most, device=logits.device) >= number, -torch.inf)
-    return target, logits.softmax(-1).nan_to_num(0.0)
-
-
-# ------------------------------------------------------------------------------- in the encoder: not a variant yet
-def importance_v(attention: Tensor, weight: float) -> Tensor:
-    """`[B, T - 1]` fp32 importance of the patches in an encoder layer: what CLS gives them less what they give others.
-
-    Args:
-        attention: `[B, T, T]` fp32, CLS first, mean over heads.
-        weight: of the attention of CLS, beside that to the patches; each of length 1 over the patches.
-    """
-    from_cls, to_patches = attention[:, 0, 1:], attention[:, 1:, 1:].mean(-1)
-    return weight * from_cls.div(_length(from_cls)) - (1 - weight) * to_patches.div(_length(to_patches))
-
-
-def penalise(importance: Tensor, spared: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Double the redundancy of the most redundant patch of every 2 x 2 window, so that every window loses some.
-
-    Args:
-        importance: `[B, P]` fp32 of the patches alive, which fill the grid's open places in order.
-        spared: `[B, side * side]` bool, places that are not open.
-        side: of the grid; of an odd one the last row and column are in no window.
-
-    Returns:
-        The new importance, and `spared` with the windows' choices added. As in the authors' code, a place of the grid
-        is taken for the number of a patch; places beyond P change nothing.
-    """
-    rank = ((~spared).cumsum(1) - 1).clamp(0, importance.shape[1] - 1)
-    grid = importance.gather(1, rank).masked_fill(spared, torch.inf)
-    even = side // 2 * 2
-    windows = grid.view(-1, side, side)[:, :even, :even].unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
-    least = windows.argmin(-1)
-    corner = torch.arange(0, even, 2, device=least.device)
-    place = ((corner[:, None] + least // 2) * side + corner + least % 2).flatten(1)
-    chosen = torch.zeros_like(spared).scatter_(1, place, True)
-    chosen[:, importance.shape[1] :] = False
-    hit = chosen[:, : importance.shape[1]]
-    doubled = torch.where(importance > 0, importance / 2, importance * 2)
-    return torch.where(hit, doubled, importance), spared | chosen
-
-
-def _length(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from prune.blocks import summary_attention, summary_similarity
 from prune.budget import Geometry
 from prune.errors import ConfigError
 from prune.kernels.attention import row_attention
 from prune.kernels.compaction import take
 from prune.kernels.merging import chosen_indices
 from prune.kernels.tiles import group_extreme, group_rank, group_sum, tile_groups, tile_shares
-from prune.kernels.topk import topk_mask
+from prune.kernels.topk import host_counts, to_device, topk_mask
 from prune.method import Method, Reducer, Scorer, Site, Stage
 from prune.registry import register
-from prune.tokens import Reduction, Tower, VisualTokens
+from prune.tokens import BlockAttention, Reduction, Tower, VisualTokens
 
 DEPTHS = (19 / 24, 20 / 24, 21 / 24, 22 / 24)
 """The encoder's layers whose scores are averaged: the last is the one after which the authors reach their target."""
@@ -36,26 +37,33 @@ class FlowCut(Method):
     encoder leaves `share` times the budget, split over tiles by size, the decoder the budget itself: with 2, the
     paper's setting for LLaVA-NeXT; `layer=None` leaves it all to the encoder, as for LLaVA-1.5.
 
-    The encoder's cut is an APPROXIMATION until methods can act inside the vision encoder: the authors prune after every
-    second layer, so that later layers work on the survivors (`schedule` is that, on given layers). Here the whole
-    encoder runs, the scores of the last four layers that count are averaged (older ones weigh 6 % together), and the
-    best are taken at once. Similarity is a softmax of products with CLS's value; without CLS, with the mean value of
-    the tile, as in the paper.
+    The paper prunes inside the encoder (`encoder="inside"`): after every second block, counted back from the last but
+    one, patches go, the more the more concentrated the attention of CLS is, so that later blocks work on the survivors;
+    in front of the last block the target is reached exactly. Without CLS the mean query and value stand in for its own,
+    as in the code for Qwen2-VL and in the paper. How many patches go in between depends on the image: a compute budget
+    is an upper bound. `layer=None, encoder="inside"` is the method in a plain vision transformer.
+
+    `encoder="after"` is an APPROXIMATION: the whole encoder runs, the scores of the last four layers that count are
+    averaged (older ones weigh 6 % together), and the best are taken at once. Similarity is a softmax of products with
+    CLS's value; without CLS, with the mean value of the tile, as in the paper.
 
     Where we differ from the authors' code beside that:
         - tiles share the count in proportion to their tokens; the code gives every tile half the target, so that the
           total grows with the number of tiles;
         - positions are kept in the decoder; the code renumbers;
-        - every image of a sample has its own budget; the code takes all from the first placeholder on for the image.
+        - every image of a sample has its own budget; the code takes all from the first placeholder on for the image;
+        - inside the encoder every image loses its own number of patches, the code's batch that of the image that loses
+          most; without CLS values are compared too, as in the paper.
 
     Cost: O(N H d) per encoder layer read and in the decoder. Signals: CLS attention, similarity to CLS's value, and
-    values of four encoder layers; attention of the decoder.
+    values of four encoder layers (after), or block (inside); attention of the decoder.
 
     Args:
         layer: the first decoder layer that sees the final tokens only, at least 1; None prunes before the decoder only.
         share: tokens the encoder's cut leaves, in units of the final count, at least 1.
         score: "cls", or "received" for encoders without a CLS token: mean attention of all patches, and similarity to
-            the mean value, instead.
+            the mean value, instead. For `encoder="after"` alone.
+        encoder: "after" the encoder, or "inside" it, as in the paper.
 
     Raises:
         ConfigError: an option is out of range.
@@ -64,6 +72,7 @@ class FlowCut(Method):
     layer: int | None = 2
     share: float = 2.0
     score: str = "cls"
+    encoder: str = "after"
 
     name = "flowcut"
     title = "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models"
@@ -78,19 +87,28 @@ class FlowCut(Method):
             raise ConfigError(f"share={self.share!r} must be at least 1: tokens before the last cut per token after it")
         if self.score not in ("cls", "received"):
             raise ConfigError(f"score={self.score!r} must be 'cls' or 'received'")
+        if self.encoder not in ("after", "inside"):
+            raise ConfigError(f"encoder={self.encoder!r} must be 'after' or 'inside'")
+        self.adaptive = self.encoder == "inside"
         self.needs_question = self.layer is not None
-        self.signals = ("attention",) if self.needs_question else ()
+        self.signals = ("block",) * self.adaptive + ("attention",) * self.needs_question
 
     @property
     def tower(self) -> dict[str, Tower]:
-        return Encoded(self.score).tower
+        return {} if self.adaptive else Encoded(self.score).tower
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
-        first = Site.parse("projected"), Encoded(self.score)
-        if self.layer is None:
-            return (Stage(*first, keep),)
-        before = max(keep, min(geometry.visual_tokens, round(self.share * keep)))
-        return Stage(*first, before), Stage(Site.parse(f"decoder:{self.layer}"), Instructed(), keep)
+        n, later, before = geometry.visual_tokens, (), keep
+        if self.layer is not None:
+            before = max(keep, min(n, round(self.share * keep)))
+            later = (Stage(Site.parse(f"decoder:{self.layer}"), Instructed(), keep),)
+        if self.encoder == "after":
+            return Stage(Site.parse("projected"), Encoded(self.score), before), *later
+        last = geometry.blocks - 1
+        if last < 1:
+            raise ConfigError('encoder="inside" cuts between blocks, and this model has one; use encoder="after"')
+        steps = ((block, Flowing(before, last - block)) for block in range(1, last + 1))
+        return *(Stage(Site.parse(f"block:{i}"), step, n if step.left else before) for i, step in steps), *later
 
 
 @dataclass
@@ -167,93 +185,87 @@ def similarity(values: Tensor, group: Tensor) -> Tensor:
     return (weight / group_sum(weight, within)).view(rows, heads, n).mean(1)
 
 
-# --------------------------------------------------------------------- inside the encoder: needs sites in the encoder
+# ------------------------------------------------------------------------------------------------ inside the encoder
+@dataclass
+class Flowing(Reducer):
+    """What FlowCut does after one block of the encoder: update the scores, and drop patches; see `FlowCut`.
+
+    If the distance L to the last cut is even and not 0, (n - target) / sqrt(L) * (1 - rho^2) of the n patches go, rho
+    being the entropy of the attention as a share of the largest possible; if it is 0, all but `target`.
+
+    Args:
+        target: patches left by the last cut.
+        left: distance L, in blocks.
+        similar: rank by the similarity of values too; without CLS the authors' code does not.
+        shared: all rows lose the number of the row that loses most, as in the authors' code.
+    """
+
+    target: int
+    left: int
+    similar: bool = True
+    shared: bool = False
+
+    name = "flowcut"
+    signals = ("block",)
+    block_reads = "qkv"
+
+    def __post_init__(self):
+        self.adaptive = self.left > 0
+
+    @torch.no_grad()
+    def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
+        flow, mask = observe(tokens.block, tokens.mask, self.similar), tokens.mask
+        before = recall(tokens)
+        total = flow.score if before is None else (before + flow.score) / 2
+        remember(tokens, total)
+        number = mask.sum(1)
+        count = to_device(host_counts(keep, len(mask)), mask.device)
+        if self.left > 0:
+            gone = (number - self.target) / self.left**0.5 * (1 - concentration(flow.attention, number).square())
+            gone = ((gone.amax() if self.shared else gone).round().long()) if self.left % 2 == 0 else 0
+            count = torch.minimum((number - gone).clamp(min=self.target), count)
+        return Reduction(*chosen_indices(topk_mask(total, count, mask), max(keep, default=0)))
+
+    def selection_flops(self, geometry: Geometry, keep: int) -> int:
+        columns = geometry.visual_tokens + geometry.text_tokens
+        return 2 * (1 + self.similar) * columns * geometry.heads * geometry.head_dim
+
+
 @dataclass
 class Flow:
-    """What `schedule` saw of the patches in one layer, `[B, N]` each: `attention`, `similar` (zeros without CLS),
-    `strength`, the layer's `score`, the running mean `total`, and which were alive before the cut after it."""
+    """The patches in one block, `[B, N]` fp32 each: `attention`, `similar` (zeros where it is not wanted), `strength`,
+    and the block's `score`."""
 
     attention: Tensor
     similar: Tensor
     strength: Tensor
     score: Tensor
-    total: Tensor
-    alive: Tensor
 
 
-@dataclass
-class Scheduled:
-    """The result of `schedule`: the hidden states after the last layer, the patches alive, and what it saw."""
-
-    hidden: Tensor
-    alive: Tensor
-    flows: list[Flow] = field(default_factory=list)
-
-
-@torch.no_grad()
-def schedule(
-    layers: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]],
-    hidden: Tensor,
-    target: int,
-    final: int,
-    cls: bool = True,
-    shared: bool = False,
-) -> Scheduled:
-    """The progressive pruning of the paper, by masks, on the layers of an encoder.
-
-    After every layer with an even distance L to layer `final`, (n - target) / sqrt(L) * (1 - rho^2) of the n patches
-    go, rho being the entropy of the attention as a share of the largest possible; after `final` all but the target.
-
-    Args:
-        layers: (hidden `[B, T, D]`, alive `[B, T]` bool) -> queries, keys, values `[B, T, H, d]` and the new hidden
-            states, in which tokens that are not alive have no part. Scale of the attention: d ** -0.5.
-        hidden: `[B, T, D]`, CLS first if there is one.
-        target: patches left in the end.
-        final: index of the layer after which they are reached.
-        cls: False ranks by the attention of the mean query, without similarity, as the code for Qwen2-VL does.
-        shared: all rows lose the number of the row that loses most, as in the authors' code.
-    """
-    result = Scheduled(hidden, torch.ones(hidden.shape[0], hidden.shape[1] - cls, dtype=torch.bool).to(hidden.device))
-    total = None
-    for index, layer in enumerate(layers):
-        alive = torch.cat([torch.ones_like(result.alive[:, :1]), result.alive], 1) if cls else result.alive
-        q, k, v, result.hidden = layer(result.hidden, alive)
-        left = final - index
-        if left < 0:
-            continue
-        flow = observe(q, k, v, alive, cls)
-        total = flow.score if total is None else (total + flow.score) / 2
-        flow.total, flow.alive = total, result.alive
-        result.flows.append(flow)
-        if left % 2 == 0:
-            number = result.alive.sum(1)
-            count = torch.full_like(number, target)
-            if left > 0:
-                gone = (number - target) / left**0.5 * (1 - concentration(flow.attention, number).square())
-                gone = (gone.amax() if shared else gone).round().long()
-                count = (number - gone).clamp(min=target)
-            result.alive = topk_mask(total, count, result.alive)
-    return result
-
-
-def observe(q: Tensor, k: Tensor, v: Tensor, alive: Tensor, cls: bool) -> Flow:
-    """The scores of one layer, zero at patches that are not alive."""
-    scale, seen = q.shape[-1] ** -0.5, alive[:, None]
-    if cls:
-        attention, similar = (
-            row_attention(x[:, :1], y, s, seen)[:, :, 0].mean(1)[:, 1:] for x, y, s in ((q, k, scale), (v, v, 1.0))
-        )
-        v, alive = v[:, 1:], alive[:, 1:]
-    else:
-        query = q.masked_fill(~alive[..., None, None], 0).sum(1, keepdim=True) / alive.sum(1)[:, None, None, None]
-        attention = row_attention(query, k, scale, seen)[:, :, 0].mean(1)
-        similar = torch.zeros_like(attention)
-    strong = strength(v) * alive
-    shares = [x / x.sum(1, keepdim=True).clamp(min=1e-30) for x in (attention, similar)]
-    return Flow(attention, similar, strong, sum(shares) * strong, strong, alive)
+def observe(block: BlockAttention, mask: Tensor, similar: bool = True) -> Flow:
+    """What CLS, or the mean patch where there is none, attends to in a block; 0 at padding."""
+    attention = summary_attention(block, mask)
+    alike = summary_similarity(block, mask) if similar else torch.zeros_like(attention)
+    strong = strength(block.values[:, block.prefix :]).masked_fill(~mask, 0)
+    shares = [x / x.sum(1, keepdim=True).clamp(min=1e-30) for x in (attention, alike)]
+    return Flow(attention, alike, strong, sum(shares) * strong)
 
 
 def concentration(attention: Tensor, number: Tensor) -> Tensor:
     """`[B]`: entropy of the attention `[B, N]` over its largest possible value, that of `number` `[B]` equal ones."""
     share = attention / attention.sum(1, keepdim=True).clamp(min=1e-30)
     return torch.special.entr(share).sum(1) / number.clamp(min=2).log()
+
+
+def remember(tokens: VisualTokens, total: Tensor) -> None:
+    """Keep the scores `[B, N]` for later stages, whichever tokens are left then."""
+    index, order = tokens.index.masked_fill(~tokens.mask, torch.iinfo(torch.long).max).sort(1)
+    tokens.memory["flowcut_index"], tokens.memory["flowcut"] = index.contiguous(), total.gather(1, order)
+
+
+def recall(tokens: VisualTokens) -> Tensor | None:
+    """`[B, N]` what was kept of the tokens at hand, or None."""
+    if (total := tokens.memory.get("flowcut")) is None:
+        return None
+    place = torch.searchsorted(tokens.memory["flowcut_index"], tokens.index.contiguous())
+    return total.gather(1, place.clamp(max=total.shape[1] - 1))

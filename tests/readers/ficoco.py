@@ -1,4 +1,4 @@
-"""Golden cases of FiCoCo: L (in the decoder) as a method; V (in the encoder) by the functions it shares with L."""
+"""Golden cases of FiCoCo: L (in the decoder) as a method; V (in the encoder) as the released code has it."""
 
 from collections.abc import Iterator
 
@@ -7,9 +7,9 @@ from golden_cases import Check
 from torch import Tensor
 
 from prune import Reduction, VisualTokens, get_method
-from prune.kernels import topk_indices
-from prune.kernels.compaction import take
-from prune.reducers.ficoco import Logits, ficoco_l, importance_v, penalise, recipients
+from prune.kernels.recipients import recipients
+from prune.reducers.ficoco import Logits, ficoco_l
+from prune.reducers.ficoco_v import released_v
 from prune.tokens import AttentionInputs
 
 
@@ -72,30 +72,24 @@ def check(tokens: VisualTokens, params: dict, keep: Tensor, out: Tensor) -> Chec
 
 
 def in_encoder(data: dict[str, Tensor], params: dict) -> Iterator[Check]:
-    """The released arithmetic, whose slots name other tokens than its targets do, from our filter and recipients."""
+    """One compressed layer of the released code."""
     method = Released(data, params)
-    tokens = VisualTokens(data["hidden"])
-    attention = method.attention()
     if "att_score" in data:
-        torch.testing.assert_close(attention[0], data["att_score"], rtol=1e-4, atol=1e-5)
-    score, spared = method.score()
-    assert torch.equal(spared, data["state_out"].isinf())
-    torch.testing.assert_close(score[0], data["dst_score_after_penalty"], rtol=1e-4, atol=1e-6)
-    rows = take(attention, data["merge_indices"])
-    target, weight = recipients(rows, tokens.mask, params["quantile"])
-    assert torch.equal(target, data["target_indices"])
-    torch.testing.assert_close(weight, shares(data), rtol=1e-4, atol=1e-6)
-    total, left = tokens.features.shape[1], tokens.features.shape[1] - params["r"]
-    slot = torch.where(target < left, target, target - params["r"]).flatten(1)
-    folded = take(tokens.features, data["merge_indices"]).repeat_interleave(target.shape[2], 1)
-    folded = folded * weight.flatten(1)[..., None]
-    out = take(tokens.features, data["remain_indices"])
-    out = out.scatter_add(1, slot[..., None].expand_as(folded), folded)
-    size = torch.ones(1, left).scatter_add(1, slot, weight.flatten(1))[..., None]
-    torch.testing.assert_close(size, data["out_size"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(out / size, data["out"], rtol=1e-4, atol=1e-5)
-    assert len(data["keep"][0]) == total - params["r"]
-    yield Check(method, tokens, data["keep"], "the encoder's attention is no signal of VisualTokens")
+        torch.testing.assert_close(method.attention(), data["att_score"], rtol=1e-4, atol=1e-5)
+    found = method.run(data["hidden"], params["r"])
+    assert torch.equal(found.spared, data["state_out"][0].isinf())
+    alive = found.score.shape[0]
+    hit = (found.spared & ~data["state_in"][0].isinf())[:alive].nonzero()[:, 0]
+    assert set(data["penalised"].tolist()) >= set(hit.tolist())
+    torch.testing.assert_close(found.score, data["dst_score_after_penalty"], rtol=1e-4, atol=1e-6)
+    order = torch.cat([found.merged, found.remain])
+    assert torch.equal(order, data["order_indices"][0])
+    assert torch.equal(found.merged, data["merge_indices"][0]) and torch.equal(found.remain, data["remain_indices"][0])
+    assert torch.equal(found.target, data["target_indices"][0])
+    torch.testing.assert_close(found.share, shares(data)[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.size, data["out_size"][0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.out, data["out"][0], rtol=1e-4, atol=1e-5)
+    yield Check(method, VisualTokens(data["hidden"]), data["keep"], "the released code is for one image")
 
 
 class Released:
@@ -105,13 +99,14 @@ class Released:
         self.data, self.params = data, params
 
     def attention(self) -> Tensor:
-        q, k = self.data["q"], self.data["k"]
-        return (q @ k.mT).mean(0, keepdim=True)
+        return (self.data["q"] @ self.data["k"].mT).mean(0)
 
-    def score(self) -> tuple[Tensor, Tensor]:
-        score = importance_v(self.attention(), self.params["beta"])
-        return penalise(score, self.data["state_in"].isinf(), self.params["grid"])
+    def run(self, hidden: Tensor, remove: int):
+        spared, params = self.data["state_in"][0].isinf(), self.params
+        return released_v(
+            self.attention(), hidden[0], spared, remove, params["grid"], params["beta"], params["quantile"]
+        )
 
     def reduce(self, tokens: VisualTokens, keep: list[int]) -> Reduction:
-        first = torch.full((1, 1), torch.inf)
-        return Reduction(*topk_indices(torch.cat([first, self.score()[0]], 1), keep, tokens.mask))
+        remain = self.run(tokens.features, tokens.features.shape[1] - keep[0]).remain
+        return Reduction(remain.sort().values[None])
