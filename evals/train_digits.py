@@ -104,7 +104,7 @@ def train(
     torch.manual_seed(seed)
     architecture = {**ARCHITECTURE, "patch_size": patch}
     model = build_digits_vit(**architecture, patch_drop_rate=patch_drop).train()
-    if start:
+    if start and not resume:
         model.load_state_dict(resample(start, model))
     matrices = [value for value in model.parameters() if value.ndim > 1]
     others = [value for value in model.parameters() if value.ndim <= 1]

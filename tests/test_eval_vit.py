@@ -63,8 +63,11 @@ def test_the_built_in_model_is_what_its_card_says():
     model = load_digits_vit()
     with torch.inference_mode():
         found = train_digits.accuracy(model, list(Digits()))
+        with apply_pruner(model, "tome", flops=0.5):
+            halved = train_digits.accuracy(model, list(Digits()))
     said = next(csv.DictReader((CHECKPOINT / "accuracy.csv").open()))
     assert found == pytest.approx(float(said["accuracy"]), abs=0.003) and found >= 0.97
+    assert halved >= found - 0.02
     assert f"{100 * float(said['accuracy']):.1f}" in (CHECKPOINT / "README.md").read_text()
 
 
@@ -129,8 +132,8 @@ def test_training_starts_from_weights_for_other_patches(go, tmp_path):
 # --------------------------------------------------------------------------------------------------------- sweeps
 @pytest.fixture
 def few(monkeypatch):
-    """Probes on 80 pictures."""
-    monkeypatch.setattr(vit_subject, "PROBE_PICTURES", 80)
+    """Probes on 40 pictures."""
+    monkeypatch.setattr(vit_subject, "PROBE_PICTURES", 40)
 
 
 def classify(path, **changes):
@@ -148,7 +151,7 @@ def classify(path, **changes):
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit_subject, "PROBE_PICTURES", 80)
+        patch.setattr(vit_subject, "PROBE_PICTURES", 40)
         path = tmp_path_factory.mktemp("digits") / "results.jsonl"
         classify(path).run()
     return path
@@ -161,7 +164,7 @@ def test_rows_say_what_plain_code_says(swept):
     assert set(found) == {"none", "random", "tome"}
     model, pictures, train = load_digits_vit(), Digits(), Digits("train")
     pixels = to_pixels([pictures[i][0] for i in range(14)])
-    known = to_pixels([train[i][0] for i in range(80)])
+    known = to_pixels([train[i][0] for i in range(40)])
     labels = [pictures.label(i) for i in range(14)]
     for name, budget in (("none", {"ratio": 0.0}), ("tome", {"flops": 0.5})):
         row = found[name]
@@ -170,7 +173,7 @@ def test_rows_say_what_plain_code_says(swept):
             report = handle.last
             features = [model.forward_head(model.forward_features(x), pre_logits=True) for x in (known, pixels)]
         assert row["result"]["scores"] == [float(a == b) for a, b in zip(said, labels)]
-        nearest = KNeighborsClassifier(5, metric="cosine").fit(features[0], [train.label(i) for i in range(80)])
+        nearest = KNeighborsClassifier(5, metric="cosine").fit(features[0], [train.label(i) for i in range(40)])
         assert row["result"]["probes"]["knn"] == pytest.approx((nearest.predict(features[1]) == labels).mean())
         assert set(row["result"]["probes"]) == {"knn", "linear"}
         assert row["run"] == {"batch_size": 5, "decided_by": "head"}

@@ -56,6 +56,7 @@ class Some(Reducer):
         return {name: Tower(name) for name in self.reads}
 
     def reduce(self, tokens, keep):
+        assert all(most <= count for most, count in zip(keep, tokens.mask.sum(1).tolist(), strict=True))
         wave = torch.sin(37.0 * tokens.index.float() + self.phase)
         candidates = tokens.mask & (wave > 0) if self.adaptive else tokens.mask
         found = Reduction(*topk_indices(wave, keep, candidates))
@@ -474,13 +475,39 @@ def test_an_adaptive_stage_before_a_fixed_one():
     first, second = Some(0, 0, adaptive=True), Some(1, 1)
     for method in (first, Compose(first, second)):
         with apply_pruner(model, method, ratio=0.2) as handle:
-            found.append([model(**collate([sample])).logits[0] for sample in samples])
+            outputs = [model(**collate([sample])) for sample in samples]
+            columns, (image,) = outputs[-1].past_key_values.layers[0].keys.shape[2], handle.last.images
+            assert columns == len(samples[-1].ids) - image.tokens + len(image.kept)  # nothing is padding
+            found.append([out.logits[0] for out in outputs])
             logits, images = model(**collate(samples)).logits, handle.last.images
     for number, (alone, want) in enumerate(zip(*found)):
         same(alone, want, 2e-5)
         same(logits[number, columns_of(samples, number)], want, 2e-5)
     assert all(len(image.kept) < round(0.8 * image.tokens) for image in images)
     assert all((tokens.mask.sum(1) == reduction.valid.sum(1)).all() for tokens, reduction in second.seen)
+
+
+@dataclass
+class Bounded(Method):
+    """A first stage that may keep all."""
+
+    first: Reducer
+    second: Reducer
+    name = "bounded"
+
+    def plan(self, geometry, keep):
+        stages = (self.first, geometry.visual_tokens), (self.second, keep)
+        return tuple(Stage(Site.parse(reducer.site), reducer, n) for reducer, n in stages)
+
+
+def test_an_adaptive_stage_on_the_way_to_fewer_has_all_as_its_bound():
+    model, first, second = shared("qwen2_5_vl"), Some(0, 0, adaptive=True), Some(2, 1)
+    tower, pixels = pristine("qwen2_5_vl").model.visual, pixels_of(model.model.visual, MIXED)
+    with apply_pruner(model, Bounded(first, second), ratio=0.75):
+        out = model.model.visual(pixels, grid_thw=MIXED)
+    cuts = {spy.layer: left(spy.seen[-1], MIXED) for spy in (first, second)}
+    assert cuts[2].sum() < cuts[0].sum() < len(cuts[0])
+    compare(out, by_hand(tower, pixels, MIXED, cuts))
 
 
 # -------------------------------------------------------------------------------------------------- robustness
