@@ -164,6 +164,9 @@ class Running:
         shown = show(self, hidden)
         with torch.no_grad():
             reduction = reducer.reduce(shown.tokens(reducer), keep)
+            whole = [n * (left == n) for left, n in zip(keep, visual.counts)]
+            if any(whole) and (reducer.adaptive or reduction.merge is not None):  # rows here for the others' sake
+                reduction = reduction.sparing(whole, visual.mask)
             kept = reduction.valid & visual.mask.gather(1, reduction.keep)
             slots = visual.slots.gather(1, reduction.keep)
             survives = self._survivors(slots, kept)

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from fractions import Fraction
 from functools import reduce
@@ -175,7 +175,7 @@ class Sweep:
             "task": {"name": task.name, "options": task.options, "items": len(task.items), "digest": task.digest},
             "method": {
                 "name": cell.spec.name,
-                "options": vars(method) if method else {},
+                "options": {f.name: getattr(method, f.name) for f in fields(method) if f.init} if method else {},
                 "positions": method.positions if method else None,
             },
             "budget": {"by": cell.by, "share": float(cell.share)} if cell.pruned else None,

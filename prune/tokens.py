@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prune.errors import ConfigError
 from prune.kernels.compaction import take
+from prune.kernels.merging import chosen_indices
 
 TOWER_KINDS = (
     "cls_attention",
@@ -303,3 +305,20 @@ class Reduction:
         folded = take(features, merge.source).float() * merge.weight[..., None]
         index = merge.slot[..., None].expand_as(folded)
         return out.scatter_add(1, index, folded).to(features.dtype)
+
+    def sparing(self, counts: Sequence[int], mask: Tensor) -> Reduction:
+        """The same, but some rows keep all their valid tokens as they are.
+
+        Args:
+            counts: per row, on the host: the number of its valid tokens, 0 for rows that are not spared.
+            mask: `[B, N]` bool, the valid tokens.
+        """
+        spared = (torch.tensor(counts) > 0).to(mask.device, non_blocking=True)[:, None]
+        more = max(0, max(counts) - self.keep.shape[1])
+        keep, valid = chosen_indices(mask, self.keep.shape[1] + more)
+        keep = torch.where(spared, keep, pad(self.keep, (0, more)))
+        merge = self.merge
+        if merge is not None:
+            scale = None if merge.scale is None else pad(merge.scale, (0, more), value=1.0).masked_fill(spared, 1.0)
+            merge = replace(merge, weight=merge.weight.masked_fill(spared, 0.0), scale=scale)
+        return Reduction(keep, torch.where(spared, valid, pad(self.valid, (0, more))), merge)

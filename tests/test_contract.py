@@ -8,6 +8,7 @@ from fingerprint import changed, fingerprint
 from matrix import IN_VITS, ROWS, cells
 from reference import assert_close, check_counts, expect, merges_of, of_sample
 from tiny import (
+    IMAGES,
     ATTENTION,
     FAMILIES,
     SPECIAL,
@@ -144,6 +145,25 @@ def test_batch_row_equals_row_alone(row, family, attn):
             for number in range(len(samples)):
                 assert [image.kept.tolist() for image in of_sample(handle.last, number)] == kept[number]
                 assert_close(logits[number, columns_of(samples, number, side)], alone[number])
+
+
+@cells(families=[family for family in FAMILIES if len(set(IMAGES[family])) > 1], attention=("sdpa",))
+def test_an_image_within_its_budget_is_left_alone(row, family, attn):
+    """Also beside larger ones that are cut, by methods that merge or drop as the content asks."""
+    model = shared(family, attn)
+    samples = [Sample(family, [4, Image(0), Image(1), 9], 1), Sample(family, [7, Image(2), 5], 2)]
+    with row.attach(model, ratio=0.0) as handle:
+        model(**collate(samples))
+        small = min(handle.last.images, key=lambda image: image.tokens)
+    number = small.sample
+    with row.attach(model, keep=small.tokens) as handle:
+        alone = model(**collate([samples[number]])).logits[0]
+        kept = [image.kept.tolist() for image in handle.last.images]
+        logits = model(**with_positions(collate(samples))).logits
+        found = of_sample(handle.last, number)
+    assert [image.kept.tolist() for image in found] == kept
+    assert len(found[small.index].kept) == small.tokens
+    assert_close(logits[number, columns_of(samples, number)], alone)
 
 
 @cells()

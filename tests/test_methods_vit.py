@@ -636,7 +636,7 @@ def test_expedit_restores_in_chunks(monkeypatch):
     x = [torch.randn(2, n, 6) for n in (31, 24, 24)]
     whole = interpolate(*x, 5, None)
     monkeypatch.setattr("prune.kernels.superpixels.ELEMENTS", 100)
-    close(interpolate(*x, 5, None), whole, 1e-6)
+    close(interpolate(*x, 5, None), whole, 1e-5)
     now = x[2].clone().requires_grad_()
     interpolate(*x[:2], now, 5, 0.5).sum().backward()
     assert now.grad.abs().sum() > 0
