@@ -45,12 +45,51 @@ class PackedCut:
 
 
 @dataclass
+class PackedRecord:
+    """What the last run that cut anything did; read only when somebody asks.
+
+    Args:
+        group: patches in a group.
+        sizes: groups of every image or video.
+        rows: the images that were cut.
+        before: groups each of `rows` has by now.
+        stages: block -> (reducer, groups of each of `rows` before the cut, and behind it).
+        blocks: for every block the groups alive (`PackedRun.place`) and the bounds of segments in the uncut sequence.
+    """
+
+    group: int
+    sizes: list[int]
+    rows: list[int]
+    before: list[int]
+    stages: dict[int, tuple[Reducer, list[int], list[int]]] = field(default_factory=dict)
+    blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def note_cut(self, index: int, reducer: Reducer, counts: list[int]) -> None:
+        self.stages[index] = reducer, self.before, counts
+        self.before = counts
+
+    def gone(self) -> list[list[tuple[int, int]]]:
+        """Per block and image: patches that are gone, and pairs of patches no longer attended to. Synchronises."""
+        ends = self.group * torch.tensor(self.sizes).cumsum(0)
+        found = []
+        for place, bounds in self.blocks:
+            bounds, left = bounds.cpu().long(), torch.zeros(sum(self.sizes), dtype=torch.long)
+            left = left.index_fill(0, place.cpu(), 1).repeat_interleave(self.group)
+            number = F.pad(left.cumsum(0), (1, 0))[bounds].diff()  # patches alive in every segment
+            image = torch.bucketize(bounds[:-1], ends, right=True)
+            gone = torch.stack([bounds.diff() - number, bounds.diff() ** 2 - number**2], 1)
+            found.append(torch.zeros(len(ends), 2, dtype=torch.long).index_add(0, image, gone).tolist())
+        return found
+
+
+@dataclass
 class PackedRun:
     """One forward of the encoder: `B` images that are cut, `N` groups alive in the longest, `G` alive in the sequence.
 
     Images whose budget removes nothing are no rows here, as if they came alone; their patches run along.
 
     Args:
+        record: what to tell of the run.
         group: patches in a group.
         total: groups of all images.
         cuts: by block.
@@ -69,6 +108,7 @@ class PackedRun:
         short, handed: the patches alive behind the last block, and what was handed out in their place.
     """
 
+    record: PackedRecord
     group: int
     total: int
     cuts: dict[int, PackedCut]
@@ -244,7 +284,7 @@ class PackedBlocks(Attachment):
     @torch.compiler.disable
     def open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.enabled, self.budget = self.owner.enabled, self.owner.budget
-        self.place.run = self.place.alive = None
+        self.place.run = self.place.alive = self.record = None
         if not self.enabled:
             return
         pixels = args[0] if args else kwargs.get("hidden_states", kwargs.get("pixel_values"))
@@ -264,6 +304,7 @@ class PackedBlocks(Attachment):
                 )
         order = window_order(module, args, kwargs)
         self.place.run = opened(shapes, rows, cuts, edge**2, order, pixels.device)
+        self.record = self.place.run.record
         if self.pixels_wanted:
             self.place.run.pixels = pixels.detach().unflatten(0, (-1, edge**2)).flatten(1)
 
@@ -301,6 +342,8 @@ class PackedBlocks(Attachment):
             hidden = self._take_up(run, hidden)
         if (cut := run.cuts.get(index)) is not None:
             hidden = run.cut(cut, hidden)
+            run.record.note_cut(index, cut.reducer, run.counts)
+        run.record.blocks.append((run.place, kwargs["cu_seqlens"]))
         if run.source is None:
             return None
         kwargs = {name: value for name, value in run.narrowed(kwargs).items() if name != "hidden_states"}
@@ -354,6 +397,7 @@ def opened(
     index = index.masked_fill(~mask, 0)
     number = first + index
     return PackedRun(
+        record=PackedRecord(group, sizes, rows, counts),
         group=group,
         total=starts[-1],
         cuts=cuts,

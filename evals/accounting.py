@@ -237,7 +237,7 @@ def _selection(engine: Engine, images: Sequence[ImageReport], encodings: Sequenc
     """FLOPs of all stages of one sample. Its images are rows of one batch, so each costs what the largest does."""
     flops, parts = 0, engine.parts
     if engine.tower is not None:
-        width = _patch_embedding(parts.tower).out_channels
+        width = patch_embedding(parts.tower).out_channels
         keys = engine.tower.keys
         for kind, layer, *options in {*keys, *((MADE_OF[key[0]], key[1]) for key in keys if key[0] in MADE_OF)}:
             if price := TOWER_SIGNAL_FLOPS.get(kind):
@@ -323,7 +323,7 @@ def _check_same(what: str, reported: int, given: int) -> None:
 
 def _tiles(parts: Parts, count: int, height: int, width: int) -> Encoding:
     """Tiles of so many pixels, each a sequence of its own, with a class token if the tower has one."""
-    rows, columns = _patch_embedding(parts.tower).kernel_size
+    rows, columns = patch_embedding(parts.tower).kernel_size
     patches = (height // rows) * (width // columns)
     names = [name for name, _ in parts.tower.named_parameters()]
     tokens = patches + any(name.endswith(("class_embedding", "cls_token")) for name in names)
@@ -430,23 +430,23 @@ ENCODERS = {
 def _tower_flops(tower: nn.Module, encoding: Encoding) -> int:
     """Patch embedding, all layers (whichever of them is read: the towers run to the end), and pooling heads, which
     some SigLIP towers compute though nobody reads the result."""
-    embedding = _patch_embedding(tower)
+    embedding = patch_embedding(tower)
     width = embedding.out_channels
     flops = 2 * embedding.weight.numel() * encoding.patches
     for layer, pairs in zip(_layers(tower), encoding.pairs):
-        flops += 2 * _linear_weights(layer) * encoding.tokens + 4 * width * pairs
+        flops += 2 * linear_weights(layer) * encoding.tokens + 4 * width * pairs
     for head in (module for module in tower.modules() if hasattr(module, "probe")):
-        once = _linear_weights(head) + width**2  # the probe's query, output projection and MLP
+        once = linear_weights(head) + width**2  # the probe's query, output projection and MLP
         flops += 2 * once * encoding.sequences + 4 * width * (width + 1) * encoding.tokens  # keys, values, attention
     return flops
 
 
 def _projector_flops(parts: Parts, encoding: Encoding) -> int:
     modules = [parts.core.get_submodule(name) for name in ENCODERS[parts.family.name].projector]
-    return 2 * sum(map(_linear_weights, modules)) * encoding.projected
+    return 2 * sum(map(linear_weights, modules)) * encoding.projected
 
 
-def _patch_embedding(tower: nn.Module) -> nn.Conv2d | nn.Conv3d:
+def patch_embedding(tower: nn.Module) -> nn.Conv2d | nn.Conv3d:
     return next(module for module in tower.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
 
 
@@ -454,6 +454,6 @@ def _layers(tower: nn.Module) -> nn.ModuleList:
     return next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
 
 
-def _linear_weights(module: nn.Module) -> int:
+def linear_weights(module: nn.Module) -> int:
     """By the sizes the layers state: quantised weights are packed."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))

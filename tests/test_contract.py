@@ -8,9 +8,9 @@ from fingerprint import changed, fingerprint
 from matrix import IN_VITS, ROWS, cells
 from reference import assert_close, check_counts, expect, merges_of, of_sample
 from tiny import (
-    IMAGES,
     ATTENTION,
     FAMILIES,
+    IMAGES,
     SPECIAL,
     VIDEO_FAMILIES,
     Image,

@@ -1,7 +1,9 @@
 """Cuts inside Qwen's packed vision encoders, against the encoder run by hand with dropped patches hidden."""
 
 import copy
+import re
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,12 +14,14 @@ from reference import assert_close as same
 from test_index_preserving_qwen import GRIDS, attention, hidden_tower, some_groups
 from tiny import SPECIAL, Image, Sample, Video, build, collate, columns_of, pristine, shared
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 from prune import Budget, Compose, Merge, Reducer, Reduction, apply_pruner, get_method
 from prune.adapters.packed_blocks import works_inside
 from prune.adapters.structure import find_parts
 from prune.errors import BudgetError, ConfigError, InputError, UnsupportedMethodError
+from prune.evals.accounting import account, account_full
 from prune.kernels.topk import topk_indices
 from prune.method import Method, Site, Stage
 from prune.tokens import Tower
@@ -415,6 +419,36 @@ def test_nothing_to_prune_is_bit_identical(family):
             assert not torch.allclose(model(**inputs).logits, plain, atol=1e-2)
         assert not changed(before, fingerprint(model))
     assert torch.equal(model(**inputs).logits, plain)
+
+
+def priced(model, method: str, samples: list[Sample]):
+    """What torch counts in the tower's blocks and altogether, the same for an un-hooked tower, and the accounts."""
+    inputs, found = collate(samples), []
+    width = inputs["input_ids"].shape[1]
+    with attach(model, method) as handle:
+        for disabled in (False, True):
+            with handle.disabled() if disabled else nullcontext(), FlopCounterMode(display=False) as counter:
+                model(**inputs)
+            of = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+            blocks = sum(flops for name, flops in of.items() if re.search(r"\.visual\.blocks\.\d+$", name))
+            found.append((blocks, counter.get_total_flops()))
+            if not disabled:
+                prices = [price(model, handle.last, inputs, width) for price in (account, account_full)]
+    return *found, *prices
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", QWEN)
+def test_flops_are_counted_exactly(family, method):
+    """One image, equal images, and the blocks for images of several sizes in several rows."""
+    model = shared(family)
+    for sample in (Sample(family, [4, Image(0), 6], 1), Sample(family, [4, Image(0), 3, Image(0), 6], 1)):
+        (_, pruned), (_, plain), (cut,), (full,) = priced(model, method, paint([sample]))
+        assert (cut.prefill, full.prefill) == (pruned, plain) and cut.tower < full.tower
+    several = [Sample(family, [3, Image(1), 4, Image(2), Image(0), 5], 3), Sample(family, [2, Image(1), 3], 6)]
+    (pruned, _), (plain, _), cut, full = priced(model, method, paint(several))
+    if not any(one.selection for one in cut):  # which is padded, and counted among the blocks
+        assert sum(one.tower for one in full) - sum(one.tower for one in cut) == plain - pruned
 
 
 @pytest.mark.parametrize("method", ["index_preserving", "divprune"])
