@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from fractions import Fraction
 from functools import reduce
@@ -36,6 +36,7 @@ from prune.evals.subject import Subject, add, divide, score
 from prune.evals.tasks import Task
 from prune.evals.team import Team
 from prune.evals.vit_subject import ViTSubject
+from prune.method import options_of
 
 TIMES = ("prefill_ms", "decode_ms")
 
@@ -175,7 +176,7 @@ class Sweep:
             "task": {"name": task.name, "options": task.options, "items": len(task.items), "digest": task.digest},
             "method": {
                 "name": cell.spec.name,
-                "options": {f.name: getattr(method, f.name) for f in fields(method) if f.init} if method else {},
+                "options": options_of(method) if method else {},
                 "positions": method.positions if method else None,
             },
             "budget": {"by": cell.by, "share": float(cell.share)} if cell.pruned else None,

@@ -7,11 +7,11 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 from prune.config import PrunerConfig
 from prune.errors import ConfigError, PruneError
 from prune.evals.grid import fitted
+from prune.method import option_names
 from prune.options import parse_options
 from prune.registry import method_class
 
@@ -44,7 +44,7 @@ def search_space(
     """
     cls, fixed, given = method_class(name), dict(fixed or {}), dict(given or {})
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls) if f.init]
+    known = option_names(cls)
     for key in (*fixed, *given):
         if (option := key.partition(".")[0]) not in known:
             close = difflib.get_close_matches(option, known, n=1)

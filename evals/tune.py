@@ -15,7 +15,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,7 @@ from prune.evals.runner import versions
 from prune.evals.space import TuneError, distribution, entry, with_params
 from prune.evals.subject import Subject
 from prune.evals.tasks import Item, Task
+from prune.method import options_of
 
 STUDY = "study.db"
 
@@ -146,7 +147,7 @@ class Search:
         self.held_out = items[self.items :]
         layers = self.subject.layers
         default = PrunerConfig(self.method, fitted(self.method, layers) | dict(self.fixed or {})).build()
-        self.default = {f.name: getattr(default, f.name) for f in fields(default) if f.init}
+        self.default = options_of(default)
 
     def run(self) -> PrunerConfig:
         """Run the trials the study file lacks, and write the best options to `output/pruner_config.json`.

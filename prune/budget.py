@@ -149,6 +149,7 @@ class Budget:
             target = self.average if self.average >= 1 else max(1, self.average * n)
             cost = lambda k: sum(alive(k)) / geometry.layers  # noqa: E731
         else:
+            assert self.flops is not None  # exactly one of the four is set
             full = geometry.prefill_flops([n] * geometry.layers)
             in_mlp = in_mlp or alive
             target, cost = self.flops, lambda k: geometry.prefill_flops(alive(k), in_mlp(k)) / full

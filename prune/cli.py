@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch, transformers and Pillow are imported by the commands
 
 DEFAULT_QUESTION = "What is shown in this picture?"
 DEFAULT_RATIO = 0.9
-_AS_IS = {"soft_wrap": True, "markup": False, "highlight": False}
+_AS_IS: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
 
 
 class _Group(TyperGroup):
@@ -186,7 +186,7 @@ def show(
     from prune.options import parse_options
     from prune.registry import get_method
 
-    given = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
+    given: dict[str, Any] = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
     if all(value is None for value in given.values()):
         given["ratio"] = DEFAULT_RATIO
     try:
@@ -209,11 +209,13 @@ def show(
         for name, photo, target in zip(images, photos, targets):
             bar.update(task, description=name)
             prefill(network, processor, photo, question, name)
-            drawing = overlay(photo, handle.last.images[0], title=f"{method}, {budget}", processor=processor)
+            report = handle.last
+            assert report is not None  # a prefill with an image has one
+            drawing = overlay(photo, report.images[0], title=f"{method}, {budget}", processor=processor)
             drawing.save(target)
             bar.advance(task)
             if bar.console.is_terminal:
-                bar.console.print(str(handle.last), **_AS_IS)
+                bar.console.print(str(report), **_AS_IS)
             _say(target, bar)
 
 

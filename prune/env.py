@@ -48,7 +48,8 @@ def environment() -> dict[str, dict]:
 def _versions() -> dict[str, str | None]:
     from prune._version import __version__
 
-    found = {"prune": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found: dict[str, str | None] = {"prune": __version__}
+    found |= {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -60,7 +61,7 @@ def _versions() -> dict[str, str | None]:
 def _devices() -> dict[str, object]:
     import torch
 
-    devices = {
+    devices: dict[str, object] = {
         "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}",
         "cuda_build": torch.version.cuda,

@@ -47,7 +47,7 @@ class LearnedScorer(nn.Module):
             raise ConfigError(f"channels={channels} must be 1 (grey) or 3")
         if type(eps) not in (int, float) or not 0 < eps < math.inf:
             raise ConfigError(f"eps={eps!r:.80} must be a number > 0")
-        self.settings = {"size": size, "channels": channels, "hidden": hidden, "eps": eps}
+        self.size, self.settings = size, {"size": size, "channels": channels, "hidden": hidden, "eps": eps}
         self.norm = nn.LayerNorm([channels, size, size], eps=eps)
         self.project = nn.Linear(channels * size * size, hidden)
         self.head = nn.Linear(hidden, 1)
@@ -57,7 +57,7 @@ class LearnedScorer(nn.Module):
         patches = patches.float()
         if self.settings["channels"] == 1:
             patches = grey(patches)
-        patches = self.norm(resize(patches, self.settings["size"]))
+        patches = self.norm(resize(patches, self.size))
         return self.head(F.gelu(self.project(patches.flatten(1))))[:, 0]
 
     def flops(self) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -115,6 +115,16 @@ class Method:
         geometry = replace(geometry or Geometry(n_visual), visual_tokens=n_visual)
         stages = self.stages(geometry, budget)
         return stages[-1].keep if stages else n_visual
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    """Name and value of a method's options: its dataclass fields."""
+    return {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]
+
+
+def option_names(cls: type[Method]) -> list[str]:
+    """The options of a class of methods."""
+    return [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
 
 
 def alive(geometry: Geometry, stages: Sequence[Stage], in_mlp: bool = False) -> list[int]:

@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import import_module
@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
 from prune.errors import ConfigError, UnknownMethodError
-from prune.method import Method, Reducer, Scorer, Site
+from prune.method import Method, Reducer, Scorer, Site, option_names, options_of
 from prune.tokens import SIGNALS
 
 ENTRY_POINT_GROUP = "prune.methods"
@@ -64,7 +64,7 @@ def _load() -> None:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded = entry.load()
-            if isinstance(loaded, type) and loaded.name not in _REGISTRY:
+            if getattr(loaded, "name", None) not in _REGISTRY:
                 register(loaded)
         except Exception as error:  # a broken plug-in must not take the others down
             warnings.warn(f"entry point {entry.name} = {entry.value} was skipped: {error}", stacklevel=3)
@@ -92,7 +92,7 @@ def get_method(name: str, **options) -> Method:
         ConfigError: an option does not exist (the message lists those that do) or has an impossible value.
     """
     cls = method_class(name)
-    known = [f.name for f in fields(cls) if f.init]
+    known = option_names(cls)
     if unknown := [key for key in options if key not in known]:
         close = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -149,7 +149,7 @@ def method_info(name: str) -> MethodInfo:
         adaptive=cls.adaptive,
         needs_question=cls.needs_question,
         positions=cls.positions,
-        options={f.name: getattr(method, f.name) for f in fields(cls) if f.init},
+        options=options_of(method),
     )
 
 

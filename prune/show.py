@@ -226,7 +226,7 @@ def _page(shown: list[Panel], title: str) -> Image.Image:
     return page
 
 
-def _font(text: str, largest: int, width: float) -> ImageFont.FreeTypeFont:
+def _font(text: str, largest: int, width: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The largest size, down to 10, at which the text fits."""
     fonts = (ImageFont.load_default(size) for size in range(largest, 10, -1))
     return next((font for font in fonts if font.getlength(text) <= width), ImageFont.load_default(10))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -76,6 +76,8 @@ def methods_table(infos: Sequence[MethodInfo], width: int) -> Table:
     table.add_column("models", no_wrap=narrow)
     table.add_column("ViTs", no_wrap=narrow)
     for info in infos:
+        describe: Callable[[str, Sequence[str]], str]
+        flags: Sequence[str]
         flags, describe = _flags(info), families_words
         if narrow:
             words = [name for name, flag in zip(FLAGS, flags) if flag == "yes"]

@@ -317,8 +317,9 @@ class Reduction:
         more = max(0, max(counts) - self.keep.shape[1])
         keep, valid = chosen_indices(mask, self.keep.shape[1] + more)
         keep = torch.where(spared, keep, pad(self.keep, (0, more)))
+        valid = torch.where(spared, valid, pad(self.valid, (0, more)))  # type: ignore[arg-type]
         merge = self.merge
         if merge is not None:
             scale = None if merge.scale is None else pad(merge.scale, (0, more), value=1.0).masked_fill(spared, 1.0)
             merge = replace(merge, weight=merge.weight.masked_fill(spared, 0.0), scale=scale)
-        return Reduction(keep, torch.where(spared, valid, pad(self.valid, (0, more))), merge)
+        return Reduction(keep, valid, merge)

@@ -28,7 +28,6 @@ from prune.evals.tasks import TaskError, load_task
 from prune.evals.vision import Vision, check_vision_name, load_vision, of_hugging_face, of_open_clip, of_timm
 from prune.evals.vit_accounting import account, account_full
 from prune.evals.vit_subject import ViTSubject, head_labels
-from prune.reducers.tome import ToMe
 
 UNPRUNED = Cell(Spec("none"))
 HALF = parse_share("1/2")
@@ -405,9 +404,8 @@ def test_towers_without_a_head_give_features(folder):
 
 # ------------------------------------------------------------------------------------------------------ accounting
 @pytest.mark.parametrize("name", tiny_vit.VITS)
-def test_flops_are_those_of_the_flop_counter(name, monkeypatch):
+def test_flops_are_those_of_the_flop_counter(name):
     """To the last one: un-pruned, cut between blocks and inside them, with signals, and restored before pooling."""
-    monkeypatch.setattr(ToMe, "block_reads", "k", raising=False)
     model, pixels = tiny_vit.shared(name), tiny_vit.images(2)
     for method, budget in (
         ("random", {"ratio": 0.0}),
