@@ -18,12 +18,14 @@ class Attachment:
         positions: policy to save with the pruner, or None where the model has no such choice.
         family: name of the model family, "unknown" outside the tables.
         arguments: of `apply_pruner`, for vision transformers, to save with the pruner.
+        saved: the `prune.PrunerConfig` it was attached from, if any, so that a re-save keeps what else that says.
         takes_visual_mask: whether `handle.visual_mask` means anything.
     """
 
     positions: str | None = None
     family = "unknown"
     takes_visual_mask = False
+    saved: object | None = None
 
     def __init__(self, method: Method, budget: Budget | None):
         self.method, self.budget = method, budget

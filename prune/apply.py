@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +31,10 @@ def apply_pruner(
     restore: bool = False,
     proportional: bool | None = None,
     block: int | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     **options,
 ) -> Handle:
     """Prune the visual tokens of an unmodified vision-language model or vision transformer from now on.
@@ -40,8 +45,9 @@ def apply_pruner(
     Args:
         model: a Hugging Face image-text-to-text model, or a vision transformer of timm, open_clip or Hugging Face (see
             the README for the families), PEFT-wrapped or not. Of a CLIP model the image side is pruned.
-        method: a registered name (`list_methods()`), a method object (`get_method(...)`, `Compose(...)`), or a folder
-            (or file) that `save_pretrained` or `prune tune` wrote. A registered name wins over a folder of that name.
+        method: a registered name (`list_methods()`), a method object (`get_method(...)`, `Compose(...)`), a folder
+            (or file) that `save_pretrained` or `prune tune` wrote, or "user/repo", a repository of the Hugging Face
+            hub that `push_to_hub` wrote. A registered name wins over a folder of that name, a folder over a repository.
         ratio, keep, average, flops: the budget, exactly one of them; see `Budget`. `ratio` is the share REMOVED. A
             saved pruner brings its own, which one given here replaces.
         positions: "original" (kept tokens keep their position ids, gaps stay) or "compact" (renumbered without gaps;
@@ -62,13 +68,16 @@ def apply_pruner(
         block: for vision transformers: the block at whose input a method written for vision-language models acts. None
             is block k for a method at `decoder:k`, and a third of the depth for one at `projected`. Where such a method
             reads the attention of the last prompt token it gets that of CLS.
+        revision: branch, tag or commit of the repository. None is main. Refused for anything but a repository.
+        cache_dir, token, local_files_only: as in `huggingface_hub`; they mean nothing for anything but a repository.
         **options: the method's options, when it is given by name; they replace those of a saved pruner.
 
     Returns:
         The handle; also a context manager that removes the pruner at its end.
 
     Raises:
-        UnknownMethodError, ConfigError: no such method, option, position policy or folder, or a broken config.
+        UnknownMethodError, ConfigError: no such method, option, position policy, folder, repository or revision, a
+            broken config, or no network.
         BudgetError: not exactly one budget, or out of range.
         UnsupportedModelError: not a model we know how to attach to.
         UnsupportedMethodError: the model lacks what the method needs.
@@ -76,8 +85,11 @@ def apply_pruner(
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_pruner wants a model (torch.nn.Module), got {type(model).__name__}")
-    given = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
-    saved = find_config(method) if isinstance(method, str | os.PathLike) else None
+    given: dict[str, Any] = {"ratio": ratio, "keep": keep, "average": average, "flops": flops}
+    source = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    saved = find_config(method, **source) if isinstance(method, str | os.PathLike) else None
+    if saved is None and revision is not None:
+        raise ConfigError(f"revision={revision!r:.80} is of a repository on the hub, and {method!r:.80} is none")
     if saved is not None:
         as_saved = all(value is None for value in given.values())
         method = saved.build(options, own_budgets=as_saved)
@@ -104,7 +116,9 @@ def apply_pruner(
 
     from prune.adapters import attach  # model code, and with it transformers, is imported only when there is a model
 
-    return Handle(attach(model, method, budget, positions, restore, proportional, block))
+    handle = Handle(attach(model, method, budget, positions, restore, proportional, block))
+    handle._engine.saved = saved
+    return handle
 
 
 def get_handle(model: nn.Module) -> Handle | None:
@@ -178,19 +192,58 @@ class Handle:
         finally:
             self._engine.visual_mask = before
 
-    def save_pretrained(self, folder: str | os.PathLike, metrics: dict | None = None) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        metrics: dict | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ) -> Path:
         """Write the pruner to `folder/pruner_config.json`; `apply_pruner(model, folder)` attaches it again.
+
+        Weights of the method (the `scorer` of `index_preserving`) are copied to `folder/weights/`, as safetensors. What
+        a pruner was loaded with and this version does not know is written back, and so are its metrics while method and
+        budget are what they were.
 
         Args:
             folder: is made if it is not there.
             metrics: numbers to keep with it, JSON-able.
+            push_to_hub: whether to upload it too.
+            repo_id: for the upload; None is the folder's name, in the namespace of whom the token belongs to.
+            **kwargs: for the upload, see `push_to_hub`.
 
         Returns:
             The path of the file.
 
         Raises:
-            ConfigError: the method is not registered, or the file cannot be written.
+            ConfigError: the method is not registered, the file cannot be written, or the upload fails.
         """
+        if (kwargs or repo_id) and not push_to_hub:
+            raise ConfigError(f"{', '.join(sorted(kwargs)) or 'repo_id'} wants push_to_hub=True")
+        config = self._config(metrics)
+        file = config.save_pretrained(folder)
+        if push_to_hub:
+            config.push_to_hub(repo_id or file.parent.resolve().name, **kwargs)
+        return file
+
+    def push_to_hub(self, repo_id: str, metrics: dict | None = None, **kwargs) -> str:
+        """Upload the pruner with a model card to the Hugging Face hub. `apply_pruner(model, repo_id)` attaches it.
+
+        Args:
+            repo_id: "user/repo", or "repo" of whom the token belongs to; made if need be.
+            metrics: numbers to keep with it, JSON-able; the card shows them.
+            **kwargs: commit_message, private, token, revision, create_pr, as in `PrunerConfig.push_to_hub`.
+
+        Returns:
+            The URL of the commit, or of the pull request.
+
+        Raises:
+            ConfigError: the method is not registered, or the upload fails; says why.
+        """
+        return self._config(metrics).push_to_hub(repo_id, **kwargs)
+
+    def _config(self, metrics: dict | None) -> PrunerConfig:
         family = self._engine.family
         config = PrunerConfig.of(
             self.method,
@@ -200,7 +253,8 @@ class Handle:
             vit=self._engine.arguments,
             metrics=metrics or {},
         )
-        return config.save_pretrained(folder)
+        saved = getattr(self._engine, "saved", None)
+        return config if saved is None else config.continuing(saved)
 
     def remove(self) -> None:
         """Take every hook off; the model is what it was before. Safe to call twice.

@@ -280,6 +280,24 @@ app.command("tune")(tune_command.tune)
 app.command("report")(command.report)
 
 
+# ---------------------------------------------------------------------------------------------------------- push
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `handle.save_pretrained` or `prune tune` wrote.")],
+    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hugging Face hub; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if need be; main without it.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+) -> None:
+    """Upload a saved pruner with a model card to the Hugging Face hub. Prints the URL."""
+    from prune.config import PrunerConfig
+
+    config = PrunerConfig.from_pretrained(folder)
+    print(config.push_to_hub(repo, private=private or None, revision=revision, create_pr=create_pr))
+
+
 # ----------------------------------------------------------------------------------------------------------- env
 
 

@@ -1,4 +1,9 @@
-"""Saved pruners: a method, its options and its budget in a small JSON file, `pruner_config.json`."""
+"""Saved pruners: a method, its options and its budget in a small JSON file, `pruner_config.json`.
+
+An option that may be a network (its annotation names `nn.Module`, as the `scorer` of `index_preserving`) may also be a
+folder of weights. That folder is copied beside the file, as `weights/<option>` with a config.json and a
+model.safetensors; a file never names a place outside its own folder.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,32 @@ import json
 import math
 import os
 import re
+import shutil
 import types
 import typing
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from torch import nn
+
+from prune import hub, learned_scorer
 from prune.budget import Budget
 from prune.compose import Compose
 from prune.errors import BudgetError, ConfigError, PruneError, UnknownMethodError
-from prune.method import Method
+from prune.method import Method, options_of
 from prune.registry import get_method, method_class
 
 FILE = "pruner_config.json"
 SCHEMA = 1
 LIMIT = 2**20  # bytes; a config has a few hundred
+DEPTH = 32  # objects and lists within one another
+MEMBERS = 16
+WEIGHTS = {learned_scorer.CONFIG: 2**16, learned_scorer.WEIGHTS: learned_scorer.LIMIT}  # files of a folder, bytes
 POSITIONS = (None, "original", "compact")
 _KNOWN = ("schema", "method", "members", "options", "budget", "positions", "families", "metrics", "vit")
 _VIT = {"block": int, "restore": bool, "proportional": bool}
@@ -74,11 +89,18 @@ class PrunerConfig:
         _check(sound, "vit", self.vit, "an object with block (a number), restore or proportional (true or false)")
         if clash := sorted(set(self.extra) & set(_KNOWN)):
             raise ConfigError(f"extra may not hold {', '.join(clash)}: these keys have a meaning")
+        _check(len(self.members) <= MEMBERS, "members", len(self.members), f"at most {MEMBERS}")
         self.build()
         try:
             json.dumps(self.to_dict(), allow_nan=False)
+        except RecursionError:
+            raise ConfigError(f"nested more than {DEPTH} deep; write it flatter") from None
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"not JSON: {error}; use finite numbers, texts, lists and objects") from None
+            raise ConfigError(
+                f"not JSON: {error!s:.200}; use finite numbers, texts, lists and objects, and for weights the folder "
+                "that their save_pretrained wrote"
+            ) from None
+        _check_depth(self.to_dict())
 
     # ------------------------------------------------------------------------------------------ method object
     @classmethod
@@ -98,7 +120,7 @@ class PrunerConfig:
             known = None
         if type(method) is not known:
             raise ConfigError(f"{type(method).__name__} is not registered, so no file can name it; put @register on it")
-        options = {f.name: _tuples(getattr(method, f.name)) for f in fields(method) if f.init}
+        options = {name: _tuples(value) for name, value in options_of(method).items()}
         return cls(method.name, options, budget, **rest)
 
     def build(self, options: Mapping[str, object] | None = None, own_budgets: bool = True) -> Method:
@@ -146,15 +168,21 @@ class PrunerConfig:
 
     # ------------------------------------------------------------------------------------------ dictionaries
     def to_dict(self) -> dict:
-        """What the file holds. Keys without a value are left out."""
+        """What the file holds, but folders of weights have their paths of here. Keys without a value are left out."""
         return {"schema": SCHEMA, **self._entry()}
 
-    def _entry(self) -> dict:
+    def _entry(self, copies: dict[str, str] | None = None, inside: str = "weights") -> dict:
+        """The object of this pruner or member. With `copies`, folders of weights are named by their place beside the
+        file, and `copies` learns which folder goes there."""
         entry: dict = {"method": self.method}
         if self.members:
-            entry["members"] = [member._entry() for member in self.members]
+            entry["members"] = [member._entry(copies, f"{inside}/{n}") for n, member in enumerate(self.members)]
         else:
-            entry["options"] = self.options
+            entry["options"] = dict(self.options)
+            if copies is not None:
+                for name in _folders(self.method, self.options):
+                    entry["options"][name] = f"{inside}/{name}"
+                    copies[f"{inside}/{name}"] = self.options[name]
         if self.budget is not None:
             given = {name: value for name, value in vars(self.budget).items() if value is not None}
             entry["budget"] = {name: int(value) if name == "keep" else float(value) for name, value in given.items()}
@@ -162,9 +190,19 @@ class PrunerConfig:
         rest["metrics"] = self.metrics
         return entry | {name: value for name, value in rest.items() if value} | self.extra
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether an option, of a member too, is a folder of weights."""
+        return bool(_folders(self.method, self.options)) or any(member.has_weights for member in self.members)
+
     @classmethod
-    def from_dict(cls, found: object) -> PrunerConfig:
+    def from_dict(cls, found: Any, locate: Callable[[str], Path] | None = None) -> PrunerConfig:
         """The config a dictionary holds. Unknown keys are kept, with a warning.
+
+        Args:
+            found: the dictionary.
+            locate: gives the folder of weights that the dictionary calls by a name such as "weights/scorer", and then
+                it may name no other place; None takes the names as paths.
 
         Raises:
             ConfigError: as above, or a newer schema.
@@ -176,94 +214,198 @@ class PrunerConfig:
             raise ConfigError(
                 f"schema {schema} is newer than this prune reads ({SCHEMA}); upgrade: pip install -U prune-vlm"
             )
-        return cls._parse({key: value for key, value in found.items() if key != "schema"})
+        _check_depth(found)
+        return cls._parse({key: value for key, value in found.items() if key != "schema"}, locate)
 
     @classmethod
-    def _parse(cls, found: object) -> PrunerConfig:
+    def _parse(cls, found: Any, locate: Callable[[str], Path] | None) -> PrunerConfig:
         _check(isinstance(found, dict), "a member", found, "an object with a method")
         if "method" not in found:
             raise ConfigError('there is no \'method\'; name one, such as "method": "dart"')
         extra = {key: value for key, value in found.items() if key not in _KNOWN}
         if extra:
             names = ", ".join(f"{key!r:.40}" for key in extra)
-            warnings.warn(f"unknown keys of a saved pruner are kept, but do nothing: {names:.400}", stacklevel=5)
+            warnings.warn(f"unknown keys of a saved pruner are kept, but do nothing: {names:.400}", stacklevel=6)
         known = {key: value for key, value in found.items() if key in _KNOWN}
         if (budget := known.get("budget")) is not None:
             known["budget"] = _budget(budget)
         if (options := known.get("options")) is not None:
             _check(isinstance(options, dict), "options", options, "an object, such as {'layer': 2}")
             known["options"] = {key: _tuples(value) for key, value in options.items()}
+            if locate is not None:
+                known["options"] |= _located(known["method"], known["options"], locate)
         for key in ("families", "members"):
             if key in known:
                 _check(isinstance(known[key], list | tuple), key, known[key], "a list")
                 known[key] = tuple(known[key])
         if "members" in known:
-            known["members"] = tuple(cls._parse(member) for member in known["members"])
+            _check(len(known["members"]) <= MEMBERS, "members", len(known["members"]), f"at most {MEMBERS}")
+            known["members"] = tuple(cls._parse(member, locate) for member in known["members"])
         return cls(**known, extra=extra)
 
     # ------------------------------------------------------------------------------------------ files
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
-        """Write `folder/pruner_config.json`, whole or not at all; the folder is made. Returns the file's path.
+        """Write `folder/pruner_config.json`, whole or not at all, and copy the weights of options before it, to
+        `folder/weights/`. The folder is made. Returns the file's path.
 
         Raises:
-            ConfigError: it cannot be written, or is larger than `LIMIT`.
+            ConfigError: it cannot be written, is larger than `LIMIT`, or weights to copy are missing.
         """
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        copies: dict[str, str] = {}
+        text = json.dumps({"schema": SCHEMA, **self._entry(copies)}, indent=2, allow_nan=False) + "\n"
         if len(text) > LIMIT:
             raise ConfigError(f"the config has {len(text)} bytes, more than {LIMIT}; keep less in metrics")
         target = Path(folder) / FILE
-        draft = target.with_name(f".{FILE}.{os.getpid()}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(draft, "w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(draft, target)
-            finally:
-                draft.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write {target}: {error.strerror}; give another folder") from None
+        for name, source in copies.items():
+            for file in WEIGHTS:
+                _copy(Path(source).expanduser() / file, target.parent / name / file)
+        _write(target, lambda draft: draft.write_text(text, encoding="utf-8"))
         return target
 
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> PrunerConfig:
-        """Read a folder that `save_pretrained` wrote, or the file in it.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload pruner",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes and a model card, in one commit; `apply_pruner` reads it.
+
+        A card in the repository that was written by somebody stays as it is; so do other files.
+
+        Args:
+            repo_id: "user/repo", or "repo" of whom the token belongs to; made if need be.
+            commit_message: of the commit.
+            private: whether a new repository is private; None is the owner's default.
+            token: None takes the one of `hf auth login`.
+            revision: a branch, made if need be; None is main.
+            create_pr: whether to open a pull request instead of writing to the branch.
+
+        Returns:
+            The URL of the commit, or of the pull request.
 
         Raises:
-            ConfigError: it is missing, broken, too large, newer, or names what does not exist; says which file.
+            ConfigError: not logged in, no permission, no network, an impossible name, or as for `save_pretrained`.
         """
-        file = Path(path).expanduser()
+        with TemporaryDirectory() as folder:
+            written = json.loads(self.save_pretrained(folder).read_text(encoding="utf-8"))
+            return hub.upload(
+                Path(folder),
+                repo_id,
+                lambda repo: hub.model_card(self, written, repo),
+                message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> PrunerConfig:
+        """Read a folder that `save_pretrained` wrote, the file in it, or a repository that `push_to_hub` wrote.
+
+        Nothing that is read is executed, and nothing is un-pickled: there is JSON, and weights in safetensors.
+
+        Args:
+            name: a folder or file if there is one of this name, else "user/repo".
+            revision: branch, tag or commit of the repository; None is main. Refused for folders.
+            cache_dir: of downloads; None is that of `huggingface_hub`. These three mean nothing for folders.
+            token: for private repositories; None takes the one of `hf auth login`.
+            local_files_only: whether to use the cache only; the environment's HF_HUB_OFFLINE=1 does the same.
+
+        Raises:
+            ConfigError: it is missing, cannot be reached, is broken, too large or newer, or names what does not exist
+                or lies outside; says which file.
+        """
+        if not os.path.exists(os.path.expanduser(name)):
+            if not isinstance(name, str) or not hub.is_repo_id(name):
+                raise ConfigError(
+                    f"there is no folder or file {str(name)!r:.200}, and it is no name of a repository, such as "
+                    "'user/repo'; handle.save_pretrained(folder) writes a folder"
+                )
+            options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+            file = hub.download(name, FILE, LIMIT, revision=revision, **options)
+            options["revision"] = file.parent.name  # the commit, so that all files are of one
+
+            def fetched(folder: str) -> Path:
+                for part, limit in WEIGHTS.items():
+                    hub.download(name, f"{folder}/{part}", limit, **options)
+                return file.parent / folder
+
+            return cls._read(file, fetched, f"{name}: {FILE}")
+        if revision is not None:
+            raise ConfigError(f"{str(name)!r:.200} is local and has no revisions; leave out revision={revision!r:.80}")
+        file = Path(name).expanduser()
         file = file / FILE if file.is_dir() else file
         if not file.is_file():
             raise ConfigError(f"there is no file {file}; handle.save_pretrained(folder) and `prune tune` write one")
+
+        def beside(folder: str) -> Path:
+            found = file.parent / folder
+            if not found.resolve().is_relative_to(file.parent.resolve()):
+                raise ConfigError(f"{folder} is a link to a place outside the folder; copy the weights into it")
+            return found
+
+        return cls._read(file, beside, str(file))
+
+    @classmethod
+    def _read(cls, file: Path, locate: Callable[[str], Path], label: str) -> PrunerConfig:
+        """The config in a file, which messages call by the label."""
         try:
             with open(file, "rb") as opened:
                 data = opened.read(LIMIT + 1)
         except OSError as error:
-            raise ConfigError(f"cannot read {file}: {error.strerror}; check its permissions") from None
+            raise ConfigError(f"cannot read {label}: {error.strerror}; check its permissions") from None
         if len(data) > LIMIT:
-            raise ConfigError(f"{file} is larger than {LIMIT} bytes: no saved pruner is; check the path")
+            raise ConfigError(f"{label} is larger than {LIMIT} bytes: no saved pruner is; check the path")
         try:
-            found = json.loads(data.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite)
-            return cls.from_dict(found)
+            found = json.loads(
+                data.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique
+            )
+            return cls.from_dict(found, locate)
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
+            raise ConfigError(f"{label}: {error}") from None
         except RecursionError:
-            raise ConfigError(f"{file}: nested too deeply; write it anew") from None
+            raise ConfigError(f"{label}: nested too deeply; write it anew") from None
         except ValueError as error:  # of the decoders: not UTF-8, not JSON
-            raise ConfigError(f"{file}: not JSON ({error!s:.200}); write it anew with save_pretrained") from None
+            raise ConfigError(f"{label}: not JSON ({error!s:.200}); write it anew with save_pretrained") from None
+
+    def continuing(self, saved: PrunerConfig) -> PrunerConfig:
+        """This config, with what a pruner it comes from has beside the settings: the keys that were unknown, and
+        families and metrics if method and budget are still the same."""
+        new = self._with_extra(saved)
+        if self.build() != saved.build() or self.budget != saved.budget:
+            return new
+        return replace(new, families=saved.families or self.families, metrics=self.metrics or saved.metrics)
+
+    def _with_extra(self, saved: PrunerConfig) -> PrunerConfig:
+        members = tuple(mine._with_extra(old) for mine, old in zip(self.members, saved.members))
+        return replace(self, extra=saved.extra, members=members)
 
 
-def find_config(name: str | os.PathLike) -> PrunerConfig | None:
+def find_config(name: str | os.PathLike, **options) -> PrunerConfig | None:
     """The saved pruner that `name` stands for, or None if it is the name of a registered method, which comes first.
 
-    The one place that knows where saved pruners come from: folders and files. The hub is to be added here.
+    The one place that knows where saved pruners come from: folders, files and the hub, in this order.
+
+    Args:
+        name: of a method, a folder, a file, or a repository.
+        **options: of `PrunerConfig.from_pretrained`.
 
     Raises:
-        UnknownMethodError: a bare word that is neither.
-        ConfigError: there is nothing at this path, or no sound config.
+        UnknownMethodError: a bare word that is none of these.
+        ConfigError: there is nothing at this path or in this repository, or no sound config.
     """
     if isinstance(name, str):
         try:
@@ -272,12 +414,7 @@ def find_config(name: str | os.PathLike) -> PrunerConfig | None:
         except UnknownMethodError:
             if not name or not (os.path.exists(name) or re.search(r"[/\\]|^[.~]|\.json$", name)):
                 raise
-    if not os.path.exists(os.path.expanduser(name)):
-        raise ConfigError(
-            f"there is no folder or file {str(name)!r:.200}; a saved pruner is a local folder with {FILE} for now, "
-            "names of the hub are not looked up yet: download it first"
-        )
-    return PrunerConfig.from_pretrained(name)
+    return PrunerConfig.from_pretrained(name, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -299,7 +436,7 @@ def _tuples(value: object) -> object:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _budget(found: object) -> Budget:
+def _budget(found: Any) -> Budget:
     names = [f.name for f in fields(Budget)]
     wanted = f"an object with one of {', '.join(names)}, such as {{'keep': 64}}"
     _check(isinstance(found, dict) and set(found) <= set(names), "budget", found, wanted)
@@ -340,3 +477,101 @@ def _fits(value: object, hint: object) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint) if hint in (str, bool, types.NoneType) else True
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. A key that comes twice is refused: readers would not agree on which counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        double = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ConfigError(f"the key {double!r:.80} comes twice; leave one")
+    return found
+
+
+def _check_depth(found: object) -> None:
+    """Refuse lists and objects more than `DEPTH` deep, which would overflow a stack somewhere else."""
+    level = [found]
+    for _ in range(DEPTH + 1):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list | tuple)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise ConfigError(f"nested more than {DEPTH} deep; write it flatter")
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+def _networks(cls: type[Method]) -> dict[str, tuple[str, ...]]:
+    """Options of a method that may be a network, each with the texts that are not folders: its default, and choices in
+    `search` or in a `Literal`."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:  # names that exist for the type checker only
+        return {}
+    found = {}
+    for option in fields(cls):  # type: ignore[arg-type]
+        parts = typing.get_args(hints[option.name]) or (hints[option.name],)
+        if not any(isinstance(part, type) and issubclass(part, nn.Module) for part in parts):
+            continue
+        words = [word for part in parts for word in typing.get_args(part)]
+        words += [option.default] if option.default is not MISSING else []
+        choices = getattr(cls, "search", {}).get(option.name, ())
+        words += choices if isinstance(choices, list | tuple) else ()
+        found[option.name] = tuple(word for word in words if isinstance(word, str))
+    return found
+
+
+def _folders(method: object, options: Mapping[str, object]) -> list[str]:
+    """The options that are folders of weights; none of a method that does not exist."""
+    try:
+        networks = _networks(method_class(method)) if isinstance(method, str) else {}
+    except UnknownMethodError:
+        return []
+    return [
+        name
+        for name, words in networks.items()
+        if isinstance(value := options.get(name), str) and value and value not in words
+    ]
+
+
+def _located(method: object, options: Mapping[str, Any], locate: Callable[[str], Path]) -> dict[str, str]:
+    """The options that are folders of weights, with their paths in place of their names in the file."""
+    found = {}
+    for name in _folders(method, options):
+        if not re.fullmatch(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*", options[name], re.ASCII):
+            raise ConfigError(
+                f"option {name}={options[name]!r:.80} must be a folder of weights beside the file, such as "
+                "'weights/scorer'; handle.save_pretrained copies it there"
+            )
+        found[name] = str(locate(options[name]))
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise ConfigError(f"there is no file {source} any more, which the pruner's weights come from; put it back")
+    if not (target.exists() and source.samefile(target)):
+        _write(target, lambda draft: shutil.copyfile(source, draft))
+
+
+def _write(target: Path, fill: Callable[[Path], object]) -> None:
+    """Make a file through a draft beside it, so that it is there whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fill(draft)
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {target}: {error.strerror}; give another folder") from None

@@ -24,6 +24,7 @@ from prune import (
     get_method,
 )
 from prune.config import FILE, LIMIT, PrunerConfig
+from prune.learned_scorer import LearnedScorer
 
 GOOD = {"schema": 1, "method": "dart", "options": {"layer": 1}, "budget": {"keep": 4}}
 PAIR = [{"method": "divprune"}, {"method": "fastv", "options": {"layer": 2}}]
@@ -153,6 +154,57 @@ def test_unknown_keys_warn_and_survive(tmp_path):
         PrunerConfig.from_dict(GOOD)
 
 
+def test_a_handle_writes_back_what_it_was_loaded_with(tmp_path):
+    model = shared("llava")
+    members = [PAIR[0] | {"note": "a"}, PAIR[1] | {"note": "b"}]
+    found = {"schema": 1, "method": "compose", "members": members, "budget": {"keep": 4}, "future": [1]}
+    found |= {"metrics": {"x": 1}, "families": ["Qwen2-VL"]}
+    folder = write(tmp_path / "a", found)
+
+    def saved_again(change=None, **given) -> dict:
+        with pytest.warns(UserWarning, match="unknown keys"):
+            handle = apply_pruner(model, folder, **given)
+        with handle, pytest.warns(UserWarning, match="unknown keys"):
+            handle.budget = change or handle.budget
+            again = handle.save_pretrained(tmp_path / "b")
+            return PrunerConfig.from_pretrained(again).to_dict()
+
+    same = saved_again()
+    assert [same[key] for key in ("metrics", "families", "future")] == [{"x": 1}, ["Qwen2-VL"], [1]]
+    for other in (saved_again(keep=5), saved_again(Budget(keep=5))):  # not what was measured
+        assert other["future"] == [1] and other["families"] == ["LLaVA-1.5"] and "metrics" not in other
+        assert [member["note"] for member in other["members"]] == ["a", "b"]
+
+
+def test_weights_are_copied_beside_the_file(tmp_path):
+    torch.manual_seed(0)
+    LearnedScorer(size=8, hidden=3).save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("not asked for")
+    method = get_method("index_preserving", scorer=str(tmp_path / "mine"))
+    config = PrunerConfig.of(method, Budget(ratio=0.5))
+    folder = config.save_pretrained(tmp_path / "saved").parent
+    assert json.loads((folder / FILE).read_text())["options"]["scorer"] == "weights/scorer"
+    assert sorted(os.listdir(folder / "weights" / "scorer")) == ["config.json", "model.safetensors"]
+    (tmp_path / "mine").rename(tmp_path / "elsewhere")
+    moved = folder.rename(tmp_path / "moved")
+    found = PrunerConfig.from_pretrained(moved)
+    for a, b in zip(found.build()._module.parameters(), method._module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    found.save_pretrained(moved)  # onto itself
+    assert PrunerConfig.from_pretrained(moved) == found
+    # a word of the method is no folder
+    plain = PrunerConfig.of(get_method("index_preserving", scorer="contrast")).save_pretrained(tmp_path / "plain")
+    assert os.listdir(plain.parent) == [FILE] and PrunerConfig.from_pretrained(plain).options["scorer"] == "contrast"
+    # a link leads out of the folder; nothing is read there
+    (moved / "out").symlink_to(tmp_path / "elsewhere")
+    write(moved, scorer("out"))
+    with pytest.raises(ConfigError, match="out is a link to a place outside"):
+        PrunerConfig.from_pretrained(moved)
+    with pytest.raises(ConfigError, match="no file .*mine.config.json any more"):
+        config.save_pretrained(tmp_path / "third")
+    assert not os.path.exists(tmp_path / "third" / FILE)
+
+
 def test_a_failed_write_leaves_the_file_before(tmp_path, monkeypatch):
     folder = write(tmp_path / "a", GOOD)
     config = PrunerConfig.from_pretrained(folder)
@@ -173,6 +225,17 @@ def test_a_failed_write_leaves_the_file_before(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------- bad files
 DEEP = "[" * 100_000
+DEEPER = {"schema": 1, "method": "dart", "metrics": json.loads('{"x":' * 40 + "0" + "}" * 40)}
+NEST = PAIR[0]
+for _ in range(40):
+    NEST = {"method": "compose", "members": [NEST, PAIR[1]]}
+WEIGHTS = "option scorer=.* must be a folder of weights beside the file"
+
+
+def scorer(value) -> dict:
+    return {"schema": 1, "method": "index_preserving", "budget": {"ratio": 0.5}, "options": {"scorer": value}}
+
+
 BAD = [
     (b"", "not JSON.*save_pretrained"),
     (b"\x80\x04\x95\x0b", "not JSON"),  # a pickle
@@ -180,6 +243,33 @@ BAD = [
     (json.dumps(GOOD)[:-5], "not JSON"),
     ('{"schema": 1, "method": "dart", "metrics": ' + DEEP, "too deeply|not JSON"),
     (b" " * (LIMIT + 1), "larger than 1048576"),
+    (b" " * 10_000_000, "larger than 1048576"),
+    ('{"schema": 1, "method": "dart", "options": {"layer": 1, "layer": 2}}', "the key 'layer' comes twice"),
+    (json.dumps(GOOD)[:-1] + ', "method": "fastv"}', "the key 'method' comes twice"),
+    ("{" + '"a": 1, ' + "".join(f'"{n}": 1, ' for n in range(80_000)) + '"79999": 1}', "the key '79999' comes twice"),
+    (DEEPER, "nested more than 32 deep"),
+    (NEST | {"schema": 1}, "nested more than 32 deep"),
+    ({"schema": 1, "method": "compose", "members": [PAIR[0]] * 10_000}, "members must be at most 16, got 10000"),
+    (scorer("/etc"), WEIGHTS),
+    (scorer("../secret"), WEIGHTS),
+    (scorer("a/../../secret"), WEIGHTS),
+    (scorer("./a"), WEIGHTS),
+    (scorer("~/a"), WEIGHTS),
+    (scorer("~root"), WEIGHTS),
+    (scorer("a//b"), WEIGHTS),
+    (scorer("a\\b"), WEIGHTS),
+    (scorer("C:a"), WEIGHTS),
+    (scorer("a\nb"), WEIGHTS),
+    (scorer("a\n"), WEIGHTS),
+    (scorer("a\0b"), WEIGHTS),
+    (scorer("https://example.org/a"), WEIGHTS),
+    (scorer("a" * 300), WEIGHTS),
+    (scorer("secret"), "cannot read .*saved.secret.config.json"),  # beside the file, not in the working directory
+    (scorer(3), "scorer=3 must be"),
+    (scorer(["a"]), "scorer=.* must be"),
+    (scorer(None), "scorer=None must be"),
+    (scorer(""), "scorer='' must be"),
+    (GOOD | {"budget": {"keep": True}}, "budget: keep=True"),
     ("[1]", "JSON object.*got \\[1\\]"),
     ("null", "JSON object.*got None"),
     ({"method": "dart"}, "schema must be.*got None"),
@@ -245,7 +335,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("content,match", BAD, ids=[match[:40] for _, match in BAD])
-def test_bad_files(content, match, tmp_path):
+def test_bad_files(content, match, tmp_path, monkeypatch):
+    LearnedScorer(size=4, hidden=2).save_pretrained(tmp_path / "secret")
+    monkeypatch.chdir(tmp_path)
     model, folder = shared("llava"), write(tmp_path / "saved", content)
     before = fingerprint(model)
     with pytest.raises(ConfigError, match=f"(?s){match}") as caught:
@@ -256,6 +348,7 @@ def test_bad_files(content, match, tmp_path):
 
 
 def test_places_without_a_config(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = shared("llava")
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -266,9 +359,9 @@ def test_places_without_a_config(tmp_path, monkeypatch):
         (tmp_path / "pipe", "no file"),
         (tmp_path / "folder", "no file"),
         (tmp_path / "gone", "no folder or file .*gone"),
-        ("user/repo", "local folder.*not looked up yet"),
-        ("~/no/such", "local folder"),
-        ("gone.json", "local folder"),
+        ("user/repo", "not in the cache, and HF_HUB_OFFLINE forbids"),  # tests/test_hub.py has the rest
+        ("~/no/such", "no folder or file.*no name of a repository, such as 'user/repo'"),
+        ("gone.json", "no folder or file"),
         ("a\0b/c", "no folder or file"),
         ("x/" * 5000, "no folder or file"),
     ):
