@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from prune.errors import BudgetError, ConfigError, PruneError
-from prune.evals import command, tune_command
+from prune.evals import command, demo_command, tune_command
 from prune.loading import DEFAULT_IMAGE, UserError, load_model, open_image, prefill
 
 if TYPE_CHECKING:  # torch, transformers and Pillow are imported by the commands that use them: --help is quick
@@ -277,6 +277,7 @@ def _waiting(text: str) -> AbstractContextManager:
 # -------------------------------------------------------------------------------------------------- eval, report
 app.command("eval")(command.evaluate)
 app.command("tune")(tune_command.tune)
+app.command("demo")(demo_command.demo)
 app.command("report")(command.report)
 
 

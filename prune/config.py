@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import types
 import typing
 import warnings
 from collections import Counter
@@ -29,6 +28,7 @@ from prune.budget import Budget
 from prune.compose import Compose
 from prune.errors import BudgetError, ConfigError, PruneError, UnknownMethodError
 from prune.method import Method, options_of
+from prune.options import as_tuples
 from prune.registry import get_method, method_class
 
 FILE = "pruner_config.json"
@@ -120,7 +120,7 @@ class PrunerConfig:
             known = None
         if type(method) is not known:
             raise ConfigError(f"{type(method).__name__} is not registered, so no file can name it; put @register on it")
-        options = {name: _tuples(value) for name, value in options_of(method).items()}
+        options = {name: as_tuples(value) for name, value in options_of(method).items()}
         return cls(method.name, options, budget, **rest)
 
     def build(self, options: Mapping[str, object] | None = None, own_budgets: bool = True) -> Method:
@@ -133,7 +133,7 @@ class PrunerConfig:
         Raises:
             ConfigError: an unknown method, or an unknown or impossible option.
         """
-        options = self.options | {name: _tuples(value) for name, value in (options or {}).items()}
+        options = self.options | {name: as_tuples(value) for name, value in (options or {}).items()}
         if self.method == "compose":
             return self._compose(options, own_budgets)
         if self.members:
@@ -141,7 +141,6 @@ class PrunerConfig:
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", self.method):
             raise ConfigError(f"method {self.method!r:.80} is no name of a method; see `prune list`")
         try:
-            _check_types(method_class(self.method), options)
             return get_method(self.method, **options)
         except UnknownMethodError as error:
             raise ConfigError(f"{error}; if a package brings it, install that") from None
@@ -231,7 +230,7 @@ class PrunerConfig:
             known["budget"] = _budget(budget)
         if (options := known.get("options")) is not None:
             _check(isinstance(options, dict), "options", options, "an object, such as {'layer': 2}")
-            known["options"] = {key: _tuples(value) for key, value in options.items()}
+            known["options"] = {key: as_tuples(value) for key, value in options.items()}
             if locate is not None:
                 known["options"] |= _located(known["method"], known["options"], locate)
         for key in ("families", "members"):
@@ -431,11 +430,6 @@ def _finite(text: str) -> float:
     return value
 
 
-def _tuples(value: object) -> object:
-    """JSON has lists where options have tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
 def _budget(found: Any) -> Budget:
     names = [f.name for f in fields(Budget)]
     wanted = f"an object with one of {', '.join(names)}, such as {{'keep': 64}}"
@@ -446,37 +440,6 @@ def _budget(found: Any) -> Budget:
         raise ConfigError(f"budget: {error}") from None
     except OverflowError:
         raise ConfigError("budget: the number is too large; give the count or share to keep") from None
-
-
-def _check_types(cls: type[Method], options: Mapping[str, object]) -> None:
-    """Hold options against the annotations of the dataclass, as far as they are plain ones.
-
-    Methods check ranges, but few check types: 'two' layers would fail in the middle of a forward.
-    """
-    try:
-        hints = typing.get_type_hints(cls)
-    except Exception:  # names that exist for the type checker only
-        return
-    for name, value in options.items():
-        if name in hints and not _fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else None
-            raise ConfigError(f"{cls.name}: option {name}={value!r:.80} must be {wanted or hints[name]}")
-
-
-def _fits(value: object, hint: object) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is tuple:
-        every = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
-        return isinstance(value, tuple) and len(value) == len(every) and all(map(_fits, value, every))
-    if origin is typing.Literal:
-        return value in inner
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (str, bool, types.NoneType) else True
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

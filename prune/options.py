@@ -1,11 +1,23 @@
-"""Options of a method as people type them."""
+"""Options of a method: as people type them, and whether they have the type that the method's dataclass states."""
 
 from __future__ import annotations
 
+import math
+import types
+import typing
 from ast import literal_eval
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prune.errors import ConfigError
+from prune.method import Method
+
+WORDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    types.NoneType: "None",
+}
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, object]:
@@ -25,3 +37,52 @@ def parse_options(pairs: Iterable[str]) -> dict[str, object]:
             value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
         options[key.strip().replace("-", "_")] = value
     return options
+
+
+def as_tuples(value: object) -> object:
+    """Lists, and lists inside them, as tuples: options are written as JSON too, and compared."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def check_types(cls: type[Method], options: Mapping[str, object]) -> None:
+    """Hold options against the annotations of the dataclass, as far as they are plain ones.
+
+    Methods check ranges. 'two' layers, True layers or a step of infinity would fail in the middle of a forward.
+
+    Raises:
+        ConfigError: names the option and what it must be.
+    """
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:  # names that exist for the type checker only
+        return
+    for name, value in options.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ConfigError(f"{cls.name}: {name}={value!r:.80} must be {_words(hints[name])}")
+
+
+def _fits(value: object, hint: object) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        every = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
+        return isinstance(value, tuple) and len(value) == len(every) and all(map(_fits, value, every))
+    if origin is typing.Literal:
+        return value in inner
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool, types.NoneType) else True
+
+
+def _words(hint: object) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, inner))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if origin is tuple:
+        return f"a sequence, each {_words(inner[0])}" if inner[1:] == (...,) else f"({', '.join(map(_words, inner))})"
+    return WORDS.get(hint) or getattr(hint, "__name__", str(hint))

@@ -15,6 +15,7 @@ from pkgutil import iter_modules
 
 from prune.errors import ConfigError, UnknownMethodError
 from prune.method import Method, Reducer, Scorer, Site, option_names, options_of
+from prune.options import as_tuples, check_types
 from prune.tokens import SIGNALS
 
 ENTRY_POINT_GROUP = "prune.methods"
@@ -89,7 +90,8 @@ def get_method(name: str, **options) -> Method:
 
     Raises:
         UnknownMethodError: no such name.
-        ConfigError: an option does not exist (the message lists those that do) or has an impossible value.
+        ConfigError: an option does not exist (the message lists those that do), or has a wrong type or an impossible
+            value.
     """
     cls = method_class(name)
     known = option_names(cls)
@@ -99,6 +101,8 @@ def get_method(name: str, **options) -> Method:
         raise ConfigError(
             f"{name} has no option {', '.join(map(repr, unknown))}.{hint} Its options are: {', '.join(known) or 'none'}"
         )
+    options = {key: as_tuples(value) for key, value in options.items()}
+    check_types(cls, options)
     return cls(**options)
 
 

@@ -17,7 +17,7 @@ from prune import (
     register,
     registry,
 )
-from prune.method import Site
+from prune.method import Site, options_of
 from prune.reducers.fastv import FastV
 from prune.reducers.random import Random
 from prune.registry import acts_at
@@ -71,6 +71,22 @@ def test_unknown_name_lists_the_closest_and_all():
 def test_unknown_option_lists_the_options():
     with pytest.raises(ConfigError, match="no option 'laier'.*Did you mean 'layer'.*options are: layer"):
         get_method("fastv", laier=3)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_options_of_a_wrong_type_are_refused(name):
+    options = options_of(get_method(name))
+    assert options_of(get_method(name, **options)) == options
+    for key, value in options.items():
+        for wrong in ("two", True, float("inf"), float("nan"), [["a"]], object()):
+            if isinstance(value, bool) and wrong is True:
+                continue
+            with pytest.raises(ConfigError, match="two/config.json" if key == "scorer" and wrong == "two" else key):
+                get_method(name, **{key: wrong})
+
+
+def test_options_may_be_lists():
+    assert get_method("transprune", layers=[1, 2]).layers == (1, 2)
 
 
 def test_filters():

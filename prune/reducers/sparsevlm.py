@@ -68,7 +68,7 @@ class SparseVLM(Reducer):
         ConfigError: an option is out of range.
     """
 
-    version: str = "1.0"
+    version: str | float = "1.0"
     layers: tuple[int, ...] | None = None
     heads: int = 14
     rope_theta: float = 10000.0
