@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -30,26 +29,6 @@ def projections(attention: nn.Module, letters: set[str]) -> list[str]:
     norms = [f"{letter}_norm" for letter in letters if letter in "qk"]
     norms = [name for name in norms if not isinstance(getattr(attention, name, nn.Identity()), nn.Identity)]
     return [f"{letter}_proj" for letter in sorted(letters)] + sorted(norms)
-
-
-@dataclass
-class Sequences:
-    """What attends to itself: tiles, or the segments (images, frames, windows) of packed images, padded.
-
-    Args:
-        q, k: `[S, L, H, d]`, as they meet in the attention.
-        valid: `[S, L]` bool; None means all are.
-        place: where the packed patches are among the segments, (`[P]`, `[P]`) int64; None for tiles.
-    """
-
-    q: Tensor
-    k: Tensor
-    valid: Tensor | None = None
-    place: tuple[Tensor, Tensor] | None = None
-
-    def ordered(self, x: Tensor) -> Tensor:
-        """`[S, L]` in the order of the projections: as it is, or `[P]` for packed images."""
-        return x if self.place is None else x[self.place]
 
 
 class Heads:
@@ -86,24 +65,18 @@ class Heads:
         return (x32 * cos + torch.cat([-x32[..., half:], x32[..., :half]], -1) * sin).to(x.dtype)
 
     @cached_property
-    def sequences(self) -> Sequences:
-        q, k = self.attended("q"), self.attended("k")
-        if q.dim() == 4:
-            return Sequences(q, k)
-        bounds, total = self.kwargs["cu_seqlens"].long().to(q.device), len(q)
-        lengths = bounds.diff()
-        most = int(lengths.max())
-        within = torch.arange(most, device=q.device)
-        source = (bounds[:-1, None] + within).clamp(max=total - 1)
-        segment = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=total)
-        place = segment, torch.arange(total, device=q.device) - bounds[segment]
-        return Sequences(q[source], k[source], within < lengths[:, None], place)
+    def attended_qk(self) -> tuple[Tensor, Tensor]:
+        return self.attended("q"), self.attended("k")
+
+    @property
+    def sees(self) -> dict[str, Tensor]:
+        """What says which patches see each other: the segments (images, frames, windows) of packed images."""
+        return {} if self.attended_qk[0].dim() == 4 else {"cu_seqlens": self.kwargs["cu_seqlens"]}
 
     @cached_property
     def received(self) -> Tensor:
-        """Attention received from all rows, `[S, L]` of `sequences`; several signals are made of it."""
-        found = self.sequences
-        return received_attention(found.q, found.k, self.scale, found.valid)
+        """Attention received from all rows, `[tiles, L]` or `[P]`; several signals are made of it."""
+        return received_attention(*self.attended_qk, self.scale, **self.sees)
 
 
 def _cls(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -131,17 +104,17 @@ def cls_value_similarity(heads: Heads) -> Tensor:
 
 def received(heads: Heads) -> Tensor:
     """`[tiles, L]`, or `[P]` within the segments of packed images."""
-    return heads.sequences.ordered(heads.received)
+    return heads.received
 
 
 def important(heads: Heads, threshold: float) -> Tensor:
     """`[tiles, L]` or `[P]`. What CLS receives is no patch's: it counts as a row of `received` and no more."""
-    found, candidates = heads.sequences, None
+    (q, k), candidates = heads.attended_qk, None
     if heads.cls:
-        candidates = torch.ones(found.q.shape[:2], dtype=torch.bool, device=found.q.device)
+        candidates = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
         candidates[:, 0] = False
-    args = found.q, found.k, heads.scale, threshold
-    return found.ordered(important_attention(*args, found.valid, candidates, heads.received))
+    known = {"candidates": candidates, "received": heads.received}
+    return important_attention(q, k, heads.scale, threshold, **known, **heads.sees)
 
 
 DERIVE = {

@@ -16,7 +16,7 @@ from prune.adapters.visual import Running
 from prune.errors import ConfigError
 from prune.kernels.compaction import compact, take
 from prune.method import Reducer
-from prune.tokens import AttentionInputs, Reduction, VisualTokens
+from prune.tokens import AttentionInputs, Projector, Reduction, VisualTokens
 
 PROJECTOR_READS: Key = ("features", None)
 
@@ -51,7 +51,7 @@ class Shown:
         for name, spec in reducer.tower.items():
             tokens.tower[name] = visual.of_tower(resolve(self.parts, spec, reducer.name)).detach()
         if reducer.needs_projector:
-            tokens.projector = self.parts.project
+            tokens.projector = Projector(self.parts.project, self.parts.projector_layers)
         if "normed_features" in wanted:
             tokens.normed_features = norm(tokens.features)
         if "transition" in wanted:

@@ -50,6 +50,16 @@ class Parts:
         """What maps features of the tower to the decoder's width, in rows of the patches of one token."""
         return getattr(self.core, "multi_modal_projector", None) or getattr(self.tower, "merger", None)
 
+    @cached_property
+    def projector_layers(self) -> tuple[nn.Linear, nn.Module, nn.Linear] | None:
+        """(linear, activation, linear) if the projector is just that, as LLaVA's is; see `prune.tokens.Projector`."""
+        named = [] if self.projector is None else list(self.projector.named_children())
+        if [name for name, _ in named] != ["linear_1", "act", "linear_2"]:
+            return None
+        first, activation, last = (module for _, module in named)
+        plain = type(first) is type(last) is nn.Linear and not any(True for _ in activation.parameters())
+        return (first, activation, last) if plain else None
+
     def project(self, rows: Tensor) -> Tensor:
         """`[..., g * Dv]` -> `[..., D]`, through the projector (Qwen's wants the g patches as rows)."""
         rows = rows.to(self.core.dtype)
@@ -110,6 +120,7 @@ class Parts:
             "tower_heads": getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None) or 1,
             "tower_features": linear[0].in_features if linear else 0,
             "projector_flops": sum(2 * m.in_features * m.out_features for m in linear),
+            "projector_hidden": 0 if self.projector_layers is None else linear[0].out_features,
         }
 
 

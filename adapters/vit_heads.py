@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune.adapters.heads import Heads, Sequences
+from prune.adapters.heads import Heads
 from prune.kernels.compaction import take
 from prune.tokens import AttentionInputs, BlockAttention
 
@@ -191,9 +191,9 @@ class BlockHeads(Heads):
         block = self.block
         return {"k": block.keys if block.raw_keys is None else block.raw_keys, "v": block.values}
 
-    @cached_property
-    def sequences(self) -> Sequences:
-        return Sequences(*self._biased, None if self.block.full else self.block.valid)
+    @property
+    def sees(self) -> dict[str, Tensor]:
+        return {} if self.block.full else {"valid": self.block.valid}
 
 
 def attention_inputs(block: Captured) -> AttentionInputs:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .attention import ELEMENTS
+from .compaction import take
+from .dispatch import dispatched
+from .merging import chosen_indices
 from .similarity import dot, unit
 from .tiles import group_rank, group_sum
 
@@ -68,19 +71,23 @@ def bipartite_merge(
 
 def _best(x: Tensor, source: Tensor, destination: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """For every source the destination of its group it is most similar to, and the cosine; `x` of length 1."""
-    chunk = max(1, ELEMENTS // max(1, x.shape[0] * x.shape[1]))
+    # At most every other token of a group is a destination.
+    index, valid = chosen_indices(destination, max(1, x.shape[1] // 2))
+    y, theirs = take(x, index), group.gather(1, index).masked_fill(~valid, -1)
+    chunk = max(1, ELEMENTS // max(1, y.shape[0] * y.shape[1]))
     found = []
     for start in range(0, x.shape[1], chunk):
         rows = slice(start, start + chunk)
         with torch.autocast(x.device.type, enabled=False):
-            cosine = x[:, rows] @ x.mT
-        allowed = destination[:, None] & (group[:, rows, None] == group[:, None])
-        found.append(cosine.masked_fill(~allowed, -torch.inf).argmax(-1))
-    best = torch.cat(found, 1)
+            cosine = x[:, rows] @ y.mT
+        found.append(cosine.masked_fill_(group[:, rows, None] != theirs[:, None], -torch.inf).argmax(-1))
+    best = index.gather(1, torch.cat(found, 1))
     # The matrix product finds the match, the plain product measures it: see `dot` on ties.
-    return best, dot(x, x.gather(1, best[..., None].expand_as(x)))
+    return best, dot(x, take(x, best))
 
 
+@dispatched
+@torch.no_grad()
 def best_match(x: Tensor, y: Tensor, mask: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """For every row of `x` the most similar candidate of `y`.
 
@@ -92,7 +99,7 @@ def best_match(x: Tensor, y: Tensor, mask: Tensor, chunk: int | None = None) -> 
 
     Returns:
         `index` `[B, N]` int64, ties to the lowest, and `cosine` `[B, N]` fp32, -inf where there is no candidate.
-        Cost: O(B N M D), one matrix product, in chunks of rows.
+        Cost: O(B N M D), one matrix product, in chunks of rows; in Triton in tiles, of which only the best are kept.
     """
     x, y = unit(x), unit(y.masked_fill(~mask[..., None], 0))
     chunk = chunk or max(1, ELEMENTS // max(1, y.shape[0] * y.shape[1]))

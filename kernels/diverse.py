@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .compaction import take
-from .greedy import SAME
-from .similarity import dot, unit
-from .tiles import group_extreme, group_sum, tile_groups, tile_shares
+from .dispatch import dispatched
+from .greedy import SAME, RowDots
+from .similarity import unit
+from .tiles import group_extreme, tile_groups, tile_shares
 
 
+@dispatched
 @torch.no_grad()
 def importance_times_distance(x: Tensor, importance: Tensor, keep: Sequence[int], tile: Tensor, mask: Tensor) -> Tensor:
     """Pick, tile by tile, the token with the largest importance times cosine distance to the nearest pick.
@@ -33,19 +34,30 @@ def importance_times_distance(x: Tensor, importance: Tensor, keep: Sequence[int]
     Cost: O(K N D), one pass over `x` a pick; one fp32 copy of `x`. No host synchronisation.
     """
     group = tile_groups(tile, mask)
-    share = tile_shares(keep, group, mask)
+    left, score = tile_shares(keep, group, mask), relative(importance, group, mask)
+    cosines = RowDots(unit(x.masked_fill(~mask[..., None], 0)))
+    distance = torch.full_like(score, 3.0)  # above any cosine distance: nothing is picked yet
+    key, far, pick = torch.empty_like(score), torch.empty_like(score), cosines.pick
+    nothing, one = score.new_full((), -1.0), score.new_ones(())
+    chosen, open_, near, same = torch.zeros_like(mask), mask.clone(), torch.empty_like(mask), torch.empty_like(mask)
+    place = torch.arange(mask.shape[1], device=mask.device)
+    for _ in range(max(keep, default=0)):
+        torch.gt(left, 0, out=near).logical_and_(open_)
+        torch.where(near, torch.mul(score, distance, out=key), nothing, out=key)
+        torch.argmax(key, 1, keepdim=True, out=pick)
+        picked = near.gather(1, pick)  # a row that is done picks nothing
+        chosen.logical_or_(torch.eq(place, pick, out=near).logical_and_(picked))
+        open_.logical_and_(near.logical_not_())
+        torch.sub(one, cosines(), out=far)
+        far.masked_fill_(torch.lt(far, SAME, out=same), 0)
+        torch.eq(group, group.gather(1, pick), out=near).logical_and_(picked)
+        left.add_(near, alpha=-1)
+        torch.where(near, torch.minimum(distance, far, out=far), distance, out=distance)
+    return chosen
+
+
+def relative(importance: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+    """`importance` `[B, N]` scaled to [0, 1] inside every group, fp32; 1 where all are equal."""
     score = importance.float().masked_fill(~mask, 0)
     low, high = (group_extreme(score, group, end) for end in ("amin", "amax"))
-    score = torch.where(high > low, (score - low) / (high - low + 1e-8), 1.0)
-    x = unit(x.float().masked_fill(~mask[..., None], 0))
-    distance = torch.full_like(score, 3.0)  # above any cosine distance: nothing is picked yet
-    chosen = torch.zeros_like(mask)
-    for _ in range(max(keep, default=0)):
-        is_open = mask & ~chosen & (group_sum(chosen, group) < share)
-        pick = (score * distance).masked_fill(~is_open, -1.0).argmax(1, keepdim=True)
-        picked = is_open.gather(1, pick)  # a row that is done picks nothing
-        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | picked)
-        far = 1 - dot(x, take(x, pick))
-        near = (group == group.gather(1, pick)) & picked
-        distance = torch.where(near, distance.minimum(far.masked_fill(far < SAME, 0)), distance)
-    return chosen
+    return torch.where(high > low, (score - low) / (high - low + 1e-8), 1.0)

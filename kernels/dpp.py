@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .compaction import take
+from .dispatch import dispatched
+from .greedy import RowDots, every, picks_of
 from .quota import quotas
-from .similarity import dot, unit
-from .topk import host_counts, to_device
+from .similarity import unit
+from .topk import host_counts
 
 SPENT = 1e-6
 """Share of a token's own weight below which what is left of it is rounding."""
 
 
+@dispatched
 @torch.no_grad()
 def dpp_map(
     x: Tensor, quality: Tensor, k: int | Sequence[int], mask: Tensor | None = None, tile: Tensor | None = None
@@ -44,34 +46,37 @@ def dpp_map(
     Raises:
         ValueError: a count is negative, or there is not one per row.
     """
-    rows, n, _ = x.shape
-    counts = host_counts(k, rows)
-    if mask is None:
-        mask = torch.ones(rows, n, dtype=torch.bool, device=x.device)
-    width = min(max(counts, default=0), n)
+    n, counts = x.shape[1], host_counts(k, len(x))
+    mask = every(x) if mask is None else mask
     open_, left = mask.clone(), None if tile is None else quotas(tile, counts, mask)
     x, quality = unit(x), quality.float().masked_fill(~mask, 0)
     own = quality.square().masked_fill((x == 0).all(-1), 0)
-    rest = own.clone()
-    factors = x.new_zeros(rows, n, width)
-    order = torch.zeros(rows, max(counts, default=0), dtype=torch.int64, device=x.device)
+    rest, spent = own.clone(), SPENT * own
+    order = torch.zeros(len(x), max(counts, default=0), dtype=torch.int64, device=x.device)
+    width = min(order.shape[1], n)
+    factors = x.new_zeros(len(x), n, width)
+    cosines, done = RowDots(x), RowDots(factors)
+    pick = done.pick = cosines.pick
+    key, column, lowest = torch.empty_like(rest), torch.empty_like(rest), rest.new_full((), -torch.inf)
+    allowed, same, outside = torch.empty_like(mask), torch.empty_like(mask), ~mask
+    tiny = torch.finfo(x.dtype).tiny
     for step in range(width):
-        allowed = open_ if left is None else open_ & (left > 0)
-        pick = rest.masked_fill(~allowed, -torch.inf).argmax(1, keepdim=True)
+        allowed.copy_(open_)
+        if tile is not None:
+            allowed.logical_and_(torch.gt(left, 0, out=same))
+        torch.argmax(torch.where(allowed, rest, lowest, out=key), 1, keepdim=True, out=pick)
         order[:, step : step + 1] = pick
         open_.scatter_(1, pick, False)
-        kernel = quality * take(quality, pick) * dot(x, take(x, pick))
+        torch.mul(quality, quality.gather(1, pick), out=column).mul_(cosines())
         if tile is not None:
-            same = tile == tile.gather(1, pick)
-            kernel, left = kernel * same, left - same.long()
+            torch.eq(tile, tile.gather(1, pick), out=same)
+            column.mul_(same)
+            left.add_(same, alpha=-1)
         # No matrix product, so that equal tokens keep equal bits.
-        done = factors[..., :step]
         weight = rest.gather(1, pick)
-        column = (kernel - dot(done, take(done, pick))) / weight.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-        column = column.masked_fill((weight <= 0) | ~mask, 0)
+        column.sub_(done(step)).div_(weight.clamp(min=tiny).sqrt_())
+        column.masked_fill_(weight <= 0, 0).masked_fill_(outside, 0)
         factors[..., step] = column
-        rest = rest - column.square()
-        rest = rest.masked_fill(rest <= SPENT * own, 0)
-    limit = torch.minimum(to_device(counts, x.device), mask.sum(1))
-    valid = torch.arange(order.shape[1], device=x.device) < limit[:, None]
-    return order.masked_fill(~valid, 0), valid
+        rest.sub_(column.square_())
+        rest.masked_fill_(torch.le(rest, spent, out=same), 0)
+    return picks_of(order, counts, mask)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .dispatch import dispatched
 from .similarity import unit
 
 ELEMENTS = 1 << 26
 """Edge weights held at a time: 256 MiB of fp32."""
 
 
+@dispatched
 @torch.no_grad()
 def propagate(
     x: Tensor,
@@ -44,7 +46,8 @@ def propagate(
         fp32. A token without a direction (a zero vector) keeps to itself; padding gets 0 and degree 0.
 
     Cost: where A fits into `ELEMENTS`, O(B N^2 D) once and O(B N^2) an iteration; otherwise A is computed anew in
-        every iteration, O(B N^2 D) each.
+        every iteration, O(B N^2 D) each. Triton does the same with the logits of A: from tiles of x in its own
+        dtype, one launch for them and for the log-sum-exp of the rows, one for every iteration, which reads A once.
     """
     rows, n, _ = x.shape
     x = unit(x, 1e-12).masked_fill(~mask[..., None], 0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import ELEMENTS, row_attention
+from .attention import ELEMENTS, column_attention, row_attention
+from .dispatch import dispatched
 
 
+@dispatched
 def head_attention(
     q: Tensor,
     k: Tensor,
@@ -33,9 +35,14 @@ def head_attention(
         chunk: rows at a time; None takes as many as `prune.kernels.attention.ELEMENTS` allows.
 
     Returns:
-        `[S, H, C]` fp32. Cost: O(S R L H d), peak memory `[S, H, chunk, L]`.
+        `[S, H, C]` fp32. Cost: O(S R L H d), peak memory `[S, H, chunk, L]` with a gain, a few tiles without one.
+        Triton makes the rows of calls with a gain, and sums those without one.
     """
     sequences, length, heads = *k.shape[:2], q.shape[2]
+    number = rows.sum(1)[:, None, None].clamp(min=1)
+    wanted = columns[:, None].expand(-1, heads, -1)
+    if gain is None:
+        return column_attention(q, k, scale, rows, valid, slots + 1, chunk=chunk).gather(2, wanted) / number
     chunk = chunk or max(1, ELEMENTS // max(1, sequences * heads * length))
     place = torch.arange(length, device=q.device)
     total = q.new_zeros(sequences, heads, columns.shape[1], dtype=torch.float32)
@@ -43,8 +50,6 @@ def head_attention(
         part = slice(start, start + chunk)
         seen = (place <= slots[:, part, None]) & valid[:, None] & rows[:, part, None]
         weights = row_attention(q[:, part], k, scale, seen)
-        weights = weights.gather(3, columns[:, None, None].expand(-1, heads, weights.shape[2], -1))
-        if gain is not None:
-            weights = weights * gain[:, None, part].masked_fill(~rows[:, None, part, None], 0)
-        total += weights.sum(2)
-    return total / rows.sum(1)[:, None, None].clamp(min=1)
+        weights = weights.gather(3, wanted[:, :, None].expand(-1, -1, weights.shape[2], -1))
+        total += (weights * gain[:, None, part].masked_fill(~rows[:, None, part, None], 0)).sum(2)
+    return total / number

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import dispatched
+
 EPS = 1e-8
 
 
@@ -36,6 +38,7 @@ def cosine_similarity(x: Tensor, y: Tensor, eps: float = EPS) -> Tensor:
         return unit(x, eps) @ unit(y, eps).transpose(-1, -2)
 
 
+@dispatched
 def cosine_reduce(
     x: Tensor,
     y: Tensor | None = None,
@@ -59,6 +62,8 @@ def cosine_reduce(
         `[B, N]` fp32; over an empty set -inf for "max" and 0 for "sum".
 
     Cost: "max" O(N M D) in chunks; "sum" O((N + M) D), for a sum of cosines is one cosine product with the sum.
+    Triton finds the nearest from tiles of x and y in their own dtype (half precision: tensor cores, products exact in
+    fp32), which are read once per tile of 64, and writes `[B, N]`; both then measure it by `dot`, in fp32.
 
     Raises:
         ValueError: another `reduce`.
@@ -73,26 +78,33 @@ def cosine_reduce(
     if reduce == "sum":
         total = dot(rows, columns.sum(1, keepdim=True))
         return total - dot(rows, columns) if others else total
-    return torch.cat(
-        [
-            _largest(part, columns, mask, i * chunk if others else None)
-            for i, part in enumerate(rows.split(chunk, dim=1))
-        ],
-        dim=1,
-    )
+    starts = range(0, max(1, rows.shape[1]), chunk)
+    parts = [_nearest(rows[:, i : i + chunk], columns, mask, i if others else None) for i in starts]
+    return measure(rows, columns, torch.cat(parts, 1), chunk)
 
 
-def _largest(rows: Tensor, columns: Tensor, mask: Tensor | None, start: int | None) -> Tensor:
-    """Cosine of unit `rows` to their nearest of the unit `columns`; row i is column `start + i`, not its own peer."""
+def measure(rows: Tensor, columns: Tensor, nearest: Tensor, chunk: int) -> Tensor:
+    """`[B, N]`: `dot` of every row `[B, N, D]` with one of the columns `[B, M, D]`, -inf where `nearest` is -1.
+
+    The matrix product finds the neighbour, the plain product measures it: see `dot` on ties.
+    """
     if columns.shape[1] == 0:
         return rows.new_full(rows.shape[:2], -torch.inf)
+    index = nearest.clamp(min=0)[..., None].expand(-1, -1, columns.shape[-1])
+    parts = (dot(row, columns.gather(1, at)) for row, at in zip(rows.split(chunk, 1), index.split(chunk, 1)))
+    return torch.cat([*parts], 1).masked_fill(nearest < 0, -torch.inf)
+
+
+def _nearest(rows: Tensor, columns: Tensor, mask: Tensor | None, start: int | None) -> Tensor:
+    """The nearest of the unit `columns` to unit `rows`, -1 if there is none; row i is column `start + i`, not its own
+    peer."""
+    if columns.shape[1] == 0:
+        return torch.full(rows.shape[:2], -1, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         cosine = rows @ columns.transpose(1, 2)
     if mask is not None:
-        cosine = cosine.masked_fill(~mask[:, None], -torch.inf)
+        cosine = cosine.masked_fill_(~mask[:, None], -torch.inf)
     if start is not None:
         cosine.diagonal(start, 1, 2).fill_(-torch.inf)
     best, index = cosine.max(-1)
-    # The matrix product finds the neighbour, the plain product measures it: see `dot` on ties.
-    nearest = columns.gather(1, index[..., None].expand(-1, -1, columns.shape[-1]))
-    return torch.where(best == -torch.inf, best, dot(rows, nearest))
+    return index.masked_fill(best == -torch.inf, -1)

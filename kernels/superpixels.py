@@ -102,45 +102,59 @@ def cluster_grid(
         `cell` `[B, N, window ** 2]` int64, `belongs` `[B, N, window ** 2]` fp32 (0 where there is no cell and at
         padding; sums to 1 over a token's cells), both of the last round; and `[B, width]` fp32, what belongs to a cell.
 
-    Cost: O(rounds window^2 B N D), memory that of `x`: no distances but those in the window are ever made.
+    Cost: 2 rounds + 1 (and 1 more for tau=None) products of `[N, width]` and `[N, D]` per image, in chunks of tokens;
+        two fp32 copies of `x`. Elements outside the window are 0 there: passing over `x` once per cell of the window
+        costs more, up to some 1000 clusters.
     """
-    x = x.float().masked_fill(~mask[..., None], 0)
+    real = mask[..., None]
+    x = x.float().masked_fill(~real, 0)
+    # Without the mean, distances would be lost in large equal numbers.
+    x = (x - x.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None, None]).masked_fill_(~real, 0)
     reach = window // 2
     steps = [(down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)]
     found = [cells.near(row, column, *step) for step in steps]
-    cell = torch.stack([near for near, _, _ in found], -1).masked_fill(~mask[..., None], 0)
-    allowed = torch.stack([inside for _, inside, _ in found], -1) & mask[..., None]
-    pools = torch.stack([pool for _, _, pool in found], -1) & mask[..., None]
-    belongs = pools.float()
+    cell = torch.stack([near for near, _, _ in found], -1).masked_fill_(~real, 0)
+    allowed = torch.stack([inside for _, inside, _ in found], -1) & real
+    belongs = (torch.stack([pool for _, _, pool in found], -1) & real).float()
     centres, total = _means(x, cell, belongs, width)
     home = len(steps) // 2
     if tau is None:
-        spread = _distance(x, centres, cell[..., home]).masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
-        tau = (2 / spread.clamp(min=1e-12))[:, None, None]
+        spread = _distances(x, centres, cell[..., home : home + 1])[..., 0].masked_fill(~mask, 0).sum(1)
+        tau = (2 / (spread / mask.sum(1).clamp(min=1)).clamp(min=1e-12))[:, None, None]
     for _ in range(rounds):
-        distance = torch.stack([_distance(x, centres, near) for near in cell.unbind(-1)], -1)
-        belongs = (-tau * distance).masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+        distance = _distances(x, centres, cell)
+        belongs = (-tau * distance).masked_fill_(~allowed, -torch.inf).softmax(-1).nan_to_num_(0.0)
         centres, total = _means(x, cell, belongs, width)
     return cell, belongs, total
 
 
-def _distance(x: Tensor, centres: Tensor, cell: Tensor) -> Tensor:
-    """`[B, N]` squared distance of every token to one cluster."""
-    return (x - centres.flatten(0, 1).index_select(0, _flat(cell, centres.shape[1])).view_as(x)).square().sum(-1)
+def _chunk(x: Tensor, width: int) -> int:
+    """Tokens at a time."""
+    return max(1, ELEMENTS // max(1, len(x) * width))
+
+
+def _distances(x: Tensor, centres: Tensor, cell: Tensor) -> Tensor:
+    """`[B, N, C]` squared distances of every token to its C clusters `cell`."""
+    length, step = torch.linalg.vector_norm(centres, dim=-1).square()[:, None], _chunk(x, centres.shape[1])
+    out = []
+    for part, near in zip(x.split(step, dim=1), cell.split(step, dim=1)):
+        with torch.autocast(x.device.type, enabled=False):
+            products = torch.baddbmm(length, part, centres.mT, alpha=-2)
+        own = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square()
+        out.append((products.gather(2, near) + own).clamp_(min=0))
+    return torch.cat(out, 1)
 
 
 def _means(x: Tensor, cell: Tensor, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Weighted means `[B, width, D]` of the tokens, and the weights' sums `[B, width]`."""
-    total = x.new_zeros(len(x), width).scatter_add_(1, cell.flatten(1), weight.flatten(1))
-    sums = x.new_zeros(len(x) * width, x.shape[2])
-    for near, share in zip(cell.unbind(-1), weight.unbind(-1)):
-        sums.index_add_(0, _flat(near, width), (x * share[..., None]).flatten(0, 1))
-    return sums.view(len(x), width, -1) / total.clamp(min=1e-30)[..., None], total
-
-
-def _flat(cell: Tensor, width: int) -> Tensor:
-    """`[B * N]` numbers of cells `[B, N]` among those of all images."""
-    return (cell + width * torch.arange(len(cell), device=cell.device)[:, None]).flatten()
+    total, sums = x.new_zeros(len(x), width), x.new_zeros(len(x), width, x.shape[2])
+    step = _chunk(x, width)
+    for part, near, share in zip(x.split(step, dim=1), cell.split(step, dim=1), weight.split(step, dim=1)):
+        spread = x.new_zeros(*part.shape[:2], width).scatter_add_(2, near, share)
+        total += spread.sum(1)
+        with torch.autocast(x.device.type, enabled=False):
+            sums += spread.mT @ part
+    return sums.div_(total.clamp(min=1e-30)[..., None]), total
 
 
 def interpolate(x: Tensor, clusters: Tensor, now: Tensor, neighbours: int, tau: float | None, power: int = 1) -> Tensor:

@@ -10,6 +10,9 @@ from operator import index as as_int
 import torch
 from torch import Tensor
 
+from .dispatch import dispatched
+from .merging import chosen_indices
+
 
 def host_counts(k: int | Sequence[int], rows: int) -> list[int]:
     """`k` as one host int per row.
@@ -29,6 +32,7 @@ def to_device(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
 
 
+@dispatched
 @torch.no_grad()
 def topk_mask(scores: Tensor, k: int | Sequence[int] | Tensor, mask: Tensor | None = None) -> Tensor:
     """Mark the `k` highest-scored tokens of every row.
@@ -44,7 +48,8 @@ def topk_mask(scores: Tensor, k: int | Sequence[int] | Tensor, mask: Tensor | No
     Returns:
         `[B, N]` bool.
 
-    Cost: one stable sort of `[B, N]`; no host synchronisation.
+    Cost: one stable sort of `[B, N]`; no host synchronisation. Bytes moved in Triton: the scores, the mask and the
+        result, once.
 
     Raises:
         ValueError: a host count is negative, or there is not one per row.
@@ -61,6 +66,7 @@ def topk_mask(scores: Tensor, k: int | Sequence[int] | Tensor, mask: Tensor | No
     return torch.zeros_like(mask).scatter(1, order, chosen)
 
 
+@dispatched
 @torch.no_grad()
 def topk_indices(scores: Tensor, k: int | Sequence[int], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices of the `k` highest-scored tokens of every row, ascending; ranking as in `topk_mask`.
@@ -74,17 +80,10 @@ def topk_indices(scores: Tensor, k: int | Sequence[int], mask: Tensor | None = N
         `index` `[B, K]` int64 and `valid` `[B, K]` bool with K = max(k): every row's indices ascend over its valid
         slots, which come first; slots that are not valid (k smaller than K, too few candidates) hold index 0.
 
-    Cost: two sorts of `[B, N]`; no host synchronisation.
+    Cost: one stable sort of `[B, N]`; no host synchronisation. Bytes moved in Triton: the scores and the mask, once.
 
     Raises:
         ValueError: a count is negative, or there is not one per row.
     """
-    rows, n = scores.shape
-    counts = host_counts(k, rows)
-    width = max(counts, default=0)
-    chosen = topk_mask(scores, counts, mask)
-    position = torch.arange(n, device=scores.device).expand(rows, n)
-    index = torch.where(chosen, position, n).sort(dim=1).values[:, :width]
-    index = torch.nn.functional.pad(index, (0, width - index.shape[1]), value=n)
-    valid = index < n
-    return index.masked_fill(~valid, 0), valid
+    counts = host_counts(k, len(scores))
+    return chosen_indices(topk_mask(scores, counts, mask), max(counts, default=0))

@@ -27,6 +27,8 @@ class Geometry:
             the next two: only for the FLOPs of a selection that works on its signals.
         tower_features: channels of what the projector reads for one token.
         projector_flops: of the projector for one token.
+        projector_hidden: width between the two linear layers of a projector that has just these and an activation; 0
+            for other projectors.
         tower_layers: layers of the vision encoder up to the last one that is read; 0 for a vision transformer alone,
             whose blocks are `layers`.
         gated: whether the MLP has three matrices (decoders) or two (most vision transformers).
@@ -44,6 +46,7 @@ class Geometry:
     tower_heads: int = 1
     tower_features: int = 0
     projector_flops: int = 0
+    projector_hidden: int = 0
     tower_layers: int = 0
     gated: bool = True
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prune.errors import ConfigError
 from prune.kernels.compaction import take
-from prune.kernels.merging import chosen_indices
+from prune.kernels.merging import chosen_indices, fold_into
 
 TOWER_KINDS = (
     "cls_attention",
@@ -144,6 +144,23 @@ class BlockAttention:
 
 
 @dataclass
+class Projector:
+    """What maps "features" `[..., g * Dv]` of the tower to `[..., D]`; call it.
+
+    Args:
+        project: does it, for rows in any dtype.
+        layers: (linear, activation, linear) if that is all it does, as in LLaVA: two `nn.Linear` and a function of
+            every element; else None.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    layers: tuple[nn.Linear, Callable[[Tensor], Tensor], nn.Linear] | None = None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.project(rows)
+
+
+@dataclass
 class VisualTokens:
     """The visual tokens of a batch of images at one site, with the signals the reducer declared.
 
@@ -163,7 +180,8 @@ class VisualTokens:
             image where there are crops too; None becomes 0. Separators have -1.
         patch: `[B, N, 2]` int64 (row, column) of the token inside its tile, in units of tokens.
         tower: name -> tensor, the signals declared in `tower`; see `Tower`.
-        projector: maps "features" `[..., g * Dv]` of the tower to `[..., D]`; given if `needs_projector`.
+        projector: maps "features" `[..., g * Dv]` of the tower to `[..., D]`; given if `needs_projector`. See
+            `Projector`.
         memory: scratch the stages of one prefill share, by name; rows are images, so that what an early stage stored
             per original token is `memory[name].gather(1, index)` later on.
         keys, values: `[B, N, H_kv, d]` of the decoder layer before the site, keys after RoPE.
@@ -206,7 +224,7 @@ class VisualTokens:
     tile: Tensor | None = None
     patch: Tensor | None = None
     tower: dict[str, Tensor] = field(default_factory=dict)
-    projector: Callable[[Tensor], Tensor] | None = None
+    projector: Projector | Callable[[Tensor], Tensor] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     attention: AttentionInputs | None = None
     entry_attention: AttentionInputs | None = None
@@ -302,9 +320,7 @@ class Reduction:
             return kept
         merge = self.merge
         out = kept.float() if merge.scale is None else kept.float() * merge.scale[..., None]
-        folded = take(features, merge.source).float() * merge.weight[..., None]
-        index = merge.slot[..., None].expand_as(folded)
-        return out.scatter_add(1, index, folded).to(features.dtype)
+        return fold_into(out, features, merge.source, merge.slot, merge.weight).to(features.dtype)
 
     def sparing(self, counts: Sequence[int], mask: Tensor) -> Reduction:
         """The same, but some rows keep all their valid tokens as they are.

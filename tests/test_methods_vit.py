@@ -181,7 +181,7 @@ def test_selection_flops_are_counted(name, n):
     with FlopCounterMode(display=False) as counter:
         stage.reduce(tokens, [20])
     assert counter.get_total_flops() == stage.selection_flops(geometry, 20)
-    assert (name == "expedit") == (counter.get_total_flops() == 0)
+    assert counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prune.budget import Geometry
 from prune.errors import ConfigError
-from prune.kernels.attention import attention_pagerank
+from prune.kernels.attention import HELD, attention_pagerank
 from prune.kernels.bipartite import bipartite_merge
 from prune.kernels.depth import ascending, scale_layers
 from prune.kernels.merging import chosen_indices, folds
@@ -44,8 +44,8 @@ class AIM(Method):
           keys of its last layer: `metric="keys"`;
         - several images per prompt work; the code asserts one.
 
-    Cost: merging O(rounds N^2 D) in chunks; pruning O(iterations (N + T)^2 H d) per cut, in chunks. Signals: attention;
-    keys of the encoder for `metric="keys"`.
+    Cost: merging O(rounds N^2 D) in chunks; pruning O((N + T)^2 H d) per cut, and `iterations` times that beyond 4096
+    columns, in chunks. Signals: attention; keys of the encoder for `metric="keys"`.
 
     Args:
         merge: share of the tokens left by merging, in (0, 1]; 0.25 for videos, 0.125 for LLaVA-1.5's images.
@@ -138,7 +138,7 @@ class Merging(Reducer):
 
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
         n = geometry.visual_tokens
-        return halvings(n, keep) * 2 * n**2 * geometry.hidden_size  # as wide as the features
+        return halvings(n, keep) * 2 * n * max(1, n // 2) * geometry.hidden_size  # as wide as the features
 
 
 @dataclass
@@ -157,8 +157,9 @@ class Ranking(Scorer):
         return rank[tokens.attention.sample].gather(1, tokens.attention.slots)
 
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
-        columns = geometry.visual_tokens + geometry.text_tokens
-        return self.iterations * 2 * columns**2 * geometry.heads * geometry.head_dim
+        weights = geometry.heads * (geometry.visual_tokens + geometry.text_tokens) ** 2
+        times = 1 if weights <= geometry.heads * HELD else self.iterations  # that they are made
+        return 2 * weights * (times * geometry.head_dim + self.iterations)
 
 
 def halvings(n: int, keep: int) -> int:

@@ -89,7 +89,7 @@ class BAT(Reducer):
 
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
         n, width = geometry.visual_tokens, geometry.heads * geometry.head_dim
-        return 2 * (n + geometry.text_tokens) * width + 2 * n * n * geometry.hidden_size
+        return 2 * (n + geometry.text_tokens) * width + 2 * n * (n + max(1, n // 2)) * geometry.hidden_size
 
 
 @torch.no_grad()

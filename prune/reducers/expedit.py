@@ -38,11 +38,10 @@ class Expedit(Reducer):
         - the weights of a patch sum to 1 (L1), as a kernel average must; the code divides by the L2 norm, which makes
           features up to 4 times larger unless one cluster dominates. `compat=True` is the code's way;
         - tau is relative by default: distances depend on the model, and the paper sets it per model;
-        - distances are made inside the window only; the code makes all and masks them;
         - features are restored behind the last block; the authors restore logits of Segmenter's decoder, tapped layers
           of DPT, windows of SAM and Swin. Windowed models are not supported.
 
-    Cost: O(rounds window^2 N D), element by element; to restore O(N K D) in chunks. Signals: none but the grid. Made
+    Cost: O(rounds N K D), and O(N K D) to restore, in chunks. Signals: none but the grid. Made
     for a full grid: let it go first in a `Compose`.
 
     Args:
@@ -94,6 +93,10 @@ class Expedit(Reducer):
 
     def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
         return expedit(tokens, keep, self.tau, self.rounds, self.window)
+
+    def selection_flops(self, geometry: Geometry, keep: int) -> int:
+        products = 1 + 2 * self.rounds + (self.tau is None)  # pools, then distances and means
+        return products * 2 * geometry.visual_tokens * keep * geometry.hidden_size
 
     def restore_flops(self, geometry: Geometry, keep: int) -> int:
         products = 2 + (self.tau is None)  # distances, maybe once more for their mean, and the weighted sum

@@ -129,7 +129,7 @@ class FiCoCo(Reducer):
         return ficoco_l(tokens, keep, self.beta, self.gamma, self.quantile, self.compat)
 
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
-        n, text, width = geometry.visual_tokens, geometry.text_tokens, geometry.heads * geometry.head_dim
+        n, text, width = geometry.visual_tokens, geometry.text_tokens, geometry.kv_heads * geometry.head_dim
         return 2 * ((n - keep) * (n + text) * width + text * n * width + (n - keep) * text * n)
 
 
@@ -157,8 +157,9 @@ def ficoco_l(
 class Logits:
     """Attention logits between visual tokens and text, mean over heads, made when asked for.
 
-    One head as wide as all, for the mean over heads of dot products is a dot product: `[B, N or T, H * d]` queries and
-    keys in fp32, zero where there is no token.
+    One head as wide as all key heads, for the mean over heads of dot products is a dot product, and the query heads
+    that share a key head can be summed first: `[B, N or T, Hkv * d]` queries and keys in fp32, zero where there is no
+    token.
     """
 
     queries: Tensor
@@ -170,14 +171,16 @@ class Logits:
 
     @classmethod
     def of(cls, inputs: AttentionInputs, mask: Tensor) -> Logits:
-        row, heads = inputs.sample[:, None], inputs.queries.shape[2]
+        row, heads, shared = inputs.sample[:, None], inputs.queries.shape[2], inputs.keys.shape[2]
 
         def rows(x: Tensor, slots: Tensor, real: Tensor) -> Tensor:
-            x = x[row, slots].float().repeat_interleave(heads // x.shape[2], dim=2).flatten(2)
-            return x.masked_fill(~real[..., None], 0)
+            x = x[row, slots].float()
+            if x.shape[2] > shared:
+                x = x.unflatten(2, (shared, -1)).sum(3)
+            return x.flatten(2).masked_fill_(~real[..., None], 0)
 
         image, text = (inputs.slots, mask), (inputs.text_slots, inputs.text_mask)
-        queries, text_queries = (rows(inputs.queries, *at) * (inputs.scale / heads) for at in (image, text))
+        queries, text_queries = (rows(inputs.queries, *at).mul_(inputs.scale / heads) for at in (image, text))
         keys, text_keys = (rows(inputs.keys, *at) for at in (image, text))
         counts = (real.sum(1)[:, None].clamp(min=1) for _, real in (image, text))
         return cls(queries, keys, text_queries, text_keys, *counts)

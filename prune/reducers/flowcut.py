@@ -131,11 +131,13 @@ class Encoded(Reducer):
         group = tile_groups(tokens.tile, tokens.mask)
         mean = None
         for number in range(len(DEPTHS)):
-            attention, values = (tokens.tower[f"{name}{number}"].float() for name in ("attention", "values"))
-            values = values.masked_fill(~tokens.mask[..., None, None], 0)
-            similar = tokens.tower[f"similar{number}"] if self.score == "cls" else similarity(values, group)
+            attention, values = tokens.tower[f"attention{number}"].float(), tokens.tower[f"values{number}"]
+            if self.score == "cls":
+                similar = tokens.tower[f"similar{number}"]
+            else:
+                similar = similarity(values.float().masked_fill(~tokens.mask[..., None, None], 0), group)
             flow = attention / group_sum(attention, group) + similar / group_sum(similar, group)
-            flow = flow.nan_to_num(0.0) * strength(values)
+            flow = flow.nan_to_num(0.0) * strength(values).masked_fill(~tokens.mask, 0)
             mean = flow if mean is None else (mean + flow) / 2
         chosen = group_rank(mean, group, tokens.mask) < tile_shares(keep, group, tokens.mask)
         return Reduction(*chosen_indices(chosen, max(keep, default=0)))
@@ -165,7 +167,7 @@ class Instructed(Scorer):
 
 def strength(values: Tensor) -> Tensor:
     """`[..., N]` fp32: L1 norm of the mean over heads of values `[..., N, H, d]`."""
-    return values.float().mean(-2).abs().sum(-1)
+    return values.mean(-2, dtype=torch.float32).abs().sum(-1)
 
 
 def similarity(values: Tensor, group: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prune.errors import ConfigError
-from prune.kernels import dot, topk_indices, unit
+from prune.kernels import dot, greedy, unit
 from prune.kernels.compaction import take
 from prune.method import Reducer
 from prune.registry import register
@@ -88,14 +88,6 @@ def greedy_veto(x: Tensor, weight: Tensor, keep: Sequence[int], mask: Tensor, ta
     Returns:
         `index` and `valid` `[B, K]`, ascending, as of `topk_indices`.
     """
-    x = unit(x)
-    weight = weight.masked_fill(~mask, -torch.inf)
-    order = torch.full_like(weight, -torch.inf)
-    free, left = mask.clone(), mask.clone()
-    for step in range(min(max(keep, default=0), x.shape[1])):
-        offered = torch.where(free.any(1, keepdim=True), free, left)
-        pick = weight.masked_fill(~offered, -torch.inf).argmax(1, keepdim=True)
-        order.scatter_(1, pick, torch.where(left, -float(step), order).gather(1, pick))  # a row may have run out
-        left.scatter_(1, pick, False)
-        free = free & left & (dot(x, take(x, pick)).clamp(max=1) <= tau)
-    return topk_indices(order, keep, mask)
+    order, valid = greedy.greedy_veto(x, weight, keep, mask, tau)
+    ascending = order.masked_fill(~valid, x.shape[1]).sort(dim=1).values
+    return ascending.masked_fill(~valid, 0), valid

@@ -146,7 +146,8 @@ class SparseVLM(Reducer):
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
         n, t = geometry.visual_tokens, geometry.text_tokens
         rows = 2 * t * (n + t) * geometry.heads * geometry.head_dim
-        return rows + 2 * n * t * geometry.hidden_size * self.first
+        clustered = min(n, int(0.3 * n) + 1) if self.version == "1.0" else 0
+        return rows + 2 * (n * t * self.first + clustered**2) * geometry.hidden_size
 
 
 def stage_counts(presets: Sequence[Sequence[int]], n: int, keep: int, of: int = 576) -> list[int]:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from prune.budget import Budget, Geometry
 from prune.errors import ConfigError
-from prune.kernels import dot, row_attention, unit
-from prune.kernels.compaction import take
+from prune.kernels import row_attention
 from prune.kernels.depth import scale_layers
-from prune.kernels.greedy import SAME
+from prune.kernels.greedy import spread
 from prune.kernels.topk import host_counts, to_device
 from prune.method import Method, Reducer, Site, Stage
 from prune.reducers.random import random_scores
@@ -170,22 +169,7 @@ def diverse(
     Returns:
         `order` `[B, K]` int64 and `valid` `[B, K]` bool. Ties go to the lowest index. Cost: O(K N D).
     """
-    rows, n, _ = x.shape
-    counts = host_counts(keep, rows)
-    x = unit(x.float().masked_fill(~mask[..., None], 0))
-    order = torch.zeros(rows, max(counts, default=0), dtype=torch.int64, device=x.device)
-    score, closed, pick = torch.zeros(rows, n, device=x.device), ~mask, first
-    for step in range(min(order.shape[1], n)):
-        if step:
-            pick = score.masked_fill(closed, torch.inf).argmin(1, keepdim=True)
-        order[:, step : step + 1] = pick
-        closed = closed.scatter(1, pick, True)
-        cosine = dot(x, take(x, pick))  # no matrix product, so that equal tokens are equally far
-        cosine = cosine.masked_fill(1 - cosine < SAME, 1)
-        score = score + cosine if selector == "maxsum" else torch.maximum(score, cosine) if step else cosine
-    limit = torch.minimum(to_device(counts, x.device), mask.sum(1))
-    valid = torch.arange(order.shape[1], device=x.device) < limit[:, None]
-    return order.masked_fill(~valid, 0), valid
+    return spread(x, first, keep, mask, "sum" if selector == "maxsum" else "nearest")
 
 
 @torch.no_grad()

@@ -151,14 +151,18 @@ def without_duplicates(x: Tensor, rank: Tensor, group: Tensor, target: Tensor, s
         `[B, N]` the order of the survivors, N for the others.
     """
     n = x.shape[1]
-    products = cosines(x, x) if n <= STORED else None
+    products = even_cosines(x, group) if n <= STORED else None
     for _ in range(most):
         left = rank < n
         even, odd = left & (rank % 2 == 0), left & (rank % 2 == 1)
         count = group_sum(left, group)
         half = (count + 1) // 2
         gone = (count - target).clamp(min=0).minimum(step).minimum(half)
-        order = group_rank(nearest(x, odd, group, products), group, even)  # most similar first
+        if products is None:
+            similarity = nearest(x, odd, group)
+        else:
+            similarity = (products + torch.where(odd, 0.0, -torch.inf)[:, None]).amax(-1)
+        order = group_rank(similarity, group, even)  # most similar first
         survivor = torch.where(order < gone, n, order - gone)
         moved = torch.where(even, survivor, half - gone + rank // 2)
         rank = torch.where(left & (gone > 0), moved, rank)
@@ -170,20 +174,37 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
         return x @ y.transpose(1, 2)
 
 
-def nearest(x: Tensor, targets: Tensor, group: Tensor, products: Tensor | None) -> Tensor:
+def even_cosines(x: Tensor, group: Tensor) -> Tensor:
+    """All cosines `[B, N, N]` of rows of length 1, with -inf between groups, such that equal pairs have equal bits.
+
+    A matrix product does not promise that. So its result is made symmetric, a token has the cosines of the first one
+    that equals it bit by bit, and equal tokens have the plain product, as in `nearest`. O(N^2 D) once, where `nearest`
+    passes over `x` every round.
+    """
+    factors = torch.full(x.shape[2:], 0x9E3779B97F4A7C1, device=x.device).cumprod(0)  # odd; wraps around
+    key = ((x + 0.0).view(torch.int32) * factors).sum(-1)  # + 0: equal to minus zero
+    first = (key[:, :, None] == key[:, None]).to(torch.uint8).argmax(-1)
+    first = torch.where((take(x, first) == x).all(-1), first, torch.arange(x.shape[1], device=x.device))
+    products = cosines(x, x)
+    products = torch.maximum(products, products.mT)
+    rows = first[:, :, None].expand_as(products)
+    products = products.gather(1, rows).gather(2, rows.mT)
+    products = torch.where(first[:, :, None] == first[:, None], dot(x, x)[:, None], products)
+    return products.masked_fill_(group[:, :, None] != group[:, None], -torch.inf)
+
+
+def nearest(x: Tensor, targets: Tensor, group: Tensor) -> Tensor:
     """`[B, N]` cosine of every token of `x` (rows of length 1) to the nearest of the `targets` `[B, N]` of its group.
 
-    Args:
-        products: all cosines, or None to compute them in chunks.
+    In chunks of tokens, with nothing stored.
     """
     n = x.shape[1]
     out = []
-    chunk = n if products is not None else max(1, STORED**2 // n)
+    chunk = max(1, STORED**2 // n)
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
-        cosine = cosines(x[:, part], x) if products is None else products[:, part]
         seen = targets[:, None] & (group[:, part, None] == group[:, None])
-        best, index = cosine.masked_fill(~seen, -torch.inf).max(-1)
+        best, index = cosines(x[:, part], x).masked_fill(~seen, -torch.inf).max(-1)
         # The matrix product finds the neighbour, the plain product measures it: see `dot` on ties.
         out.append(torch.where(best == -torch.inf, best, dot(x[:, part], take(x, index))))
     return torch.cat(out, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from prune.budget import Geometry
 from prune.errors import ConfigError
@@ -18,6 +19,9 @@ from prune.tokens import Reduction, Tower, VisualTokens
 
 ELEMENTS = 1 << 26
 """Projected numbers held at a time."""
+
+CACHED = 1 << 20
+"""On the CPU: more do not stay in its caches."""
 
 
 @register
@@ -38,7 +42,9 @@ class ZooPrune(Reducer):
         - newlines of LLaVA-NeXT are text, and the budget follows the tokens there are, not 2880;
         - where one token joins several patches (Qwen, InternVL), a direction spans all of them.
 
-    Cost: 2 m passes of the projector over all tokens, then O(K N D).
+    Cost: 2 m passes of the projector over all tokens, then O(K N D). A projector that tells its layers (linear,
+    activation, linear, as LLaVA's) is cheaper, with the same result up to rounding: its first layer runs once, for
+    W (x + h u) = W x + h W u, and its second on the differences, m passes instead of 2 m.
 
     Args:
         directions: m, at least 1 (64 in the paper; 16 to 160 are said to do as well).
@@ -85,7 +91,12 @@ class ZooPrune(Reducer):
         return Reduction(*topk_indices(chosen.float(), keep, tokens.mask))
 
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
-        return 2 * self.directions * geometry.visual_tokens * geometry.projector_flops
+        hidden = geometry.projector_hidden if self.estimator == "fd" else 0
+        if not hidden:
+            return 2 * self.directions * geometry.visual_tokens * geometry.projector_flops
+        first = (geometry.visual_tokens + self.directions) * geometry.tower_features
+        last = geometry.visual_tokens * self.directions * geometry.hidden_size
+        return 2 * hidden * (first + last)
 
 
 def unit_directions(count: int, width: int, seed: int) -> Tensor:
@@ -99,15 +110,45 @@ def sensitivity(x: Tensor, project: Callable[[Tensor], Tensor], bank: Tensor, st
     """`[B, N]` fp32: how far the projection of `x` `[B, N, C]` moves along the directions `bank` `[m, C]`, on average.
 
     Args:
+        project: the projector. It may have `layers`, (linear, activation, linear): two `nn.Linear` and an element-wise
+            function between them, that are all it does.
         step: h of the central difference.
         width: of the projection; sets the size of the chunks of directions.
     """
     total = torch.zeros(x.shape[:2], device=x.device)
-    for part in bank.split(max(1, ELEMENTS // max(1, x.shape[0] * x.shape[1] * width))):
+    limit = CACHED if x.device.type == "cpu" else ELEMENTS
+    if (layers := getattr(project, "layers", None)) is not None:
+        total = _through_layers(x, layers, step * bank, min(limit, ELEMENTS))
+        return total / (2 * step * len(bank))
+    for part in bank.split(max(1, min(limit, ELEMENTS) // max(1, x.shape[0] * x.shape[1] * width))):
         nudge = step * part
         ahead, behind = (project(x[:, :, None] + sign * nudge).float() for sign in (1, -1))
         total += torch.linalg.vector_norm(ahead - behind, dim=-1).sum(-1)
     return total / (2 * step * len(bank))
+
+
+def _through_layers(x: Tensor, layers: tuple, nudges: Tensor, limit: int) -> Tensor:
+    """`[B, N]` fp32: the sum over `nudges` `[m, C]` of how far apart the projections of x + and - a nudge are.
+
+    Products in the layers' dtype, everything else in fp32.
+    """
+    first, activation, last = layers
+    batch, n, _ = x.shape
+    rows = torch.cat([x, nudges.expand(batch, -1, -1)], 1).to(first.weight.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = linear(rows, first.weight).float()
+        hidden, moves = rows[:, :n].flatten(0, 1), rows[0, n:]
+        hidden = hidden if first.bias is None else hidden + first.bias.float()
+        step = max(1, limit // max(1, hidden.shape[1]))
+        out = []
+        for part in hidden.split(step):
+            total = part.new_zeros(len(part))
+            for move in moves.split(max(1, limit // max(1, part.numel()))):
+                apart = activation(part[:, None] + move) - activation(part[:, None] - move)
+                moved = linear(apart.to(last.weight.dtype), last.weight)
+                total += torch.linalg.vector_norm(moved, dim=-1, dtype=torch.float32).sum(1)
+            out.append(total)
+    return torch.cat(out).view(batch, n)
 
 
 def sensitivity_jvp(x: Tensor, project: Callable[[Tensor], Tensor], bank: Tensor) -> Tensor:
