@@ -9,7 +9,7 @@ from torch import Tensor
 from prune.adapters.cache import Ledger
 from prune.adapters.images import Found
 from prune.adapters.masks import CallerMask
-from prune.adapters.planner import Cut
+from prune.adapters.planner import Cut, Question
 from prune.adapters.record import Record
 from prune.adapters.visual import Running, Visual
 
@@ -45,6 +45,7 @@ class Call:
         deepstack: `[B, L, D]` features to be added after layer 0, 1, ... (Qwen3-VL).
         delta: `[A, B]` shift of later position ids ("compact" positions).
         record: becomes the engine's when the forward succeeds.
+        question: to be checked when the decoder has been launched.
         found: the images, until the signals of the vision encoder are known (transformers < 5.18: in this very call).
     """
 
@@ -68,3 +69,4 @@ class Call:
     delta: Tensor | None = None
     record: Record | None = None
     found: Found | None = None
+    question: Question | None = None

@@ -17,7 +17,7 @@ images and no pruned cache.
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from prune.adapters.base import Attachment
 from prune.adapters.call import CALL, Call, Slots
 from prune.adapters.images import SHAPES, Found, find_images, keep_shapes, tower_signals
 from prune.adapters.masks import gather_custom, take_apart
-from prune.adapters.planner import Cut, check_question, plan
+from prune.adapters.planner import Cut, Question, plan
 from prune.adapters.positions import last_valid, renumber, shift
 from prune.adapters.record import Record, bytes_per_value
 from prune.adapters.shown import Shown
@@ -122,6 +122,8 @@ class Engine(Attachment):
             self._read_mask(call, kwargs.get("attention_mask"), cache, inputs)
             self._plan(call, found)
         if call.ledger is None and not call.cuts:
+            if call.question is not None:
+                call.question.check()
             self.record = call.record or self.record
             return None if found is None else ((), kwargs)
         return (), {**kwargs, CALL: call}
@@ -136,12 +138,16 @@ class Engine(Attachment):
     def _plan(self, call: Call, found: Found) -> None:
         call.placeholder, valid = found.placeholder, call.caller.new
         if self.method.needs_question:
-            check_question(self.method, call.placeholder, valid)
+            question = Question(self.method, call.placeholder, valid)
+            if question.event is None:
+                question.check()
+            else:
+                call.question = question
         tiled = self.parts.family.image is not layouts.anyres
         call.visual = locate(found.groups, self.method.newlines, tiled)
         if not call.caller.new_full and bool((call.placeholder & ~valid).any()):
             call.visual.hide(valid)
-        for cut in plan(self.parts, self.planner, self.budget, call.visual, valid):
+        for cut in plan(self.parts, self.planner, self.budget, call.visual, valid, call.caller.counts):
             call.cuts.setdefault(depth(cut.site), []).append(cut)
         if call.cuts and self.tower is not None:
             if self.parts.encodes_first:
@@ -219,7 +225,7 @@ class Engine(Attachment):
         columns = torch.arange(call.width, device=device).expand(batch, -1)
         new = call.caller.new
         ordinal = new.cumsum(1) - 1
-        call.run = Running(columns, ordinal, new, call.caller.new_full, placeholder.to(device), call.visual)
+        call.run = Running(columns, ordinal, new, list(call.caller.counts), placeholder.to(device), call.visual)
         if self.inputs_wanted:
             call.run.inputs = kwargs["inputs_embeds"].detach()
         deepstack = kwargs.get("deepstack_visual_embeds")
@@ -280,8 +286,15 @@ class Engine(Attachment):
             kwargs["attention_mask"] = self._custom_mask(call, 0, valid)
         else:
             # Without a cache a mask must be there: gaps in the position ids would be read as packed sequences.
-            spare = cache is not None and not _static(cache) and full
+            spare = full and not _static(cache) and self._will_cache(cache, kwargs)
             kwargs["attention_mask"] = None if spare else valid.long()
+
+    def _will_cache(self, cache, kwargs: dict) -> bool:
+        """Whether the decoder has a cache, or makes one before it makes its mask."""
+        decoder, wanted = self.parts.decoder, kwargs.get("use_cache")
+        wanted = getattr(decoder.config, "use_cache", False) if wanted is None else wanted
+        checkpoints = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        return cache is not None or (bool(wanted) and not checkpoints)
 
     def _cut(self, call: Call, cut: Cut, hidden: Tensor) -> Tensor:
         hidden, source = call.run.cut(hidden, cut.site, cut.reducer, cut.keep, partial(Shown, self.parts))
@@ -382,6 +395,8 @@ class Engine(Attachment):
         call: Call | None = kwargs.get(CALL)
         if call is None or call.step:
             return None
+        if call.question is not None:
+            call.question.check()
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if call.run.target is not None:
             hidden = take(hidden, forward_fill(call.run.target, hidden.shape[1]).to(hidden.device))
@@ -419,8 +434,19 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """All arguments of a call as keywords (some models pass `input_ids` or `hidden_states` by position)."""
     if not args:
         return dict(kwargs)
-    names = list(inspect.signature(module.forward).parameters)
+    forward = module.forward
+    # A function set on the module itself (accelerate) has a signature of its own, and is not to be kept alive.
+    if inspect.ismethod(forward) and not torch.compiler.is_compiling():
+        names = _names(forward.__func__)[1:]
+    else:
+        names = tuple(inspect.signature(forward).parameters)
     return {**dict(zip(names, args)), **kwargs}
+
+
+@lru_cache(maxsize=256)
+def _names(function) -> tuple[str, ...]:
+    """Names of a function's arguments; asking takes longer than all else a hook on a decoder layer does."""
+    return tuple(inspect.signature(function).parameters)
 
 
 def drop_call(module: nn.Module, args: tuple, kwargs: dict):

@@ -125,7 +125,7 @@ def tower_signals(parts: Parts, found: Found, keys: list, embeds: Tensor | None 
         places = torch.cat([one.coordinates for one in layouts])
         device = next(iter(packed.values())).device
         maps = {TILE: places[:, 0] + places[:, 1].clamp(min=0), PATCH: places[:, 2:]}
-        parts_of.append({**{key: x.to(device) for key, x in maps.items()}, **packed})
+        parts_of.append({**{key: x.to(device, non_blocking=True) for key, x in maps.items()}, **packed})
     if not parts_of or len(parts_of) < len(found.groups):
         raise InputError(
             "the method reads the vision encoder, and these images were encoded without it; pass pixel_values (not "

@@ -31,9 +31,15 @@ class CallerMask:
     tells_past: bool = False
 
     @cached_property
+    def counts(self) -> list[int]:
+        """Valid new columns of every row; asks the device only if the caller gave a mask."""
+        batch, q = self.new.shape
+        return self.new.sum(1).tolist() if self.given else [q] * batch
+
+    @property
     def new_full(self) -> bool:
-        """Whether all new columns are valid; asks the device only if the caller gave a mask."""
-        return not self.given or bool(self.new.all())
+        """Whether all new columns are valid."""
+        return min(self.counts, default=0) == self.new.shape[1]
 
     @cached_property
     def past_full(self) -> bool:

@@ -130,37 +130,41 @@ class PackedRun:
 
     # ------------------------------------------------------------------------------------------ the cut
     def cut(self, cut: PackedCut, x: Tensor) -> Tensor:
-        """`[G * g, D]` -> `[G' * g, D]`. Synchronises: the encoder itself reads the bounds of segments on the host."""
+        """`[G * g, D]` -> `[G' * g, D]`. Synchronises if only the device knows how many are left."""
         groups = x.unflatten(0, (-1, self.group))
         self._move(x.device)
         with torch.no_grad():
             keep = [min(pair) for pair in zip(cut.keep, self.counts)]
             reduction = cut.reducer.reduce(self.tokens(cut.reducer, groups.detach()), keep)
             full = reduction.valid & self.mask.gather(1, reduction.keep)
-            self.counts = full.sum(1).tolist()
-            most = max(self.counts)
+            before, self.counts = self.counts, full.sum(1).tolist() if cut.reducer.adaptive else keep
+            most, alive = max(self.counts), len(groups) - sum(before) + sum(self.counts)
             kept, valid = reduction.keep[:, :most], full[:, :most]
             stays = torch.ones(len(groups) + 1, dtype=torch.bool, device=x.device)  # the last one is a bin
             stays[self.at.masked_fill(~self.mask, len(groups))] = False
             stays[self.at.gather(1, kept).masked_fill(~valid, len(groups))] = True
             stays = stays[:-1]
+            chosen = (~stays).to(torch.uint8).argsort(stable=True)[:alive]
             slot = torch.where(stays, stays.cumsum(0) - 1, -1)
             at = slot[self.at.gather(1, kept)].masked_fill(~valid, 0)
             if reduction.merge is not None:
                 reduction = Reduction(reduction.keep, full, reduction.merge, reduction.sizes)
                 into = went_to(reduction, self.at.shape[1])
-                joined = self.mask & (into >= 0)
-                slot[self.at[joined]] = at.gather(1, into.clamp(min=0))[joined]
-        short = groups[stays]
+                joined = self.at.masked_fill(~self.mask | (into < 0), len(groups))
+                slot = F.pad(slot, (0, 1))
+                slot = slot.scatter(0, joined.flatten(), at.gather(1, into.clamp(min=0)).flatten())[:-1]
+        short = groups[chosen]
         if reduction.merge is not None:
-            merged = reduction.apply(groups.flatten(1)[self.at])[:, :most]
-            short = short.index_put((at[valid],), merged[valid].unflatten(1, groups.shape[1:]))
+            merged = reduction.apply(groups.flatten(1)[self.at])[:, :most].flatten(0, 1)
+            padded = torch.cat([short, torch.zeros_like(short[:1])])  # padding goes to the last one
+            where = at.masked_fill(~valid, alive).flatten()
+            short = padded.index_copy(0, where, merged.unflatten(1, groups.shape[1:]))[:-1]
         with torch.no_grad():
             sizes = new_sizes(reduction, self.sizes, self.at.shape[1])
             self.sizes = None if sizes is None else sizes[:, :most]
         self.base = groups if self.source is None else self._whole(groups)
         self.source = slot if self.source is None else torch.where(self.source < 0, -1, slot[self.source])
-        self.place, self.at, self.mask = self.place[stays], at, valid
+        self.place, self.at, self.mask = self.place[chosen], at, valid
         self.number, self.index = self.number.gather(1, kept), self.index.gather(1, kept)
         self._narrowed.clear()
         return short.flatten(0, 1)
@@ -291,6 +295,7 @@ class PackedBlocks(Attachment):
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         self.place.alive = torch.ones(len(pixels), device=pixels.device)
         edge = self.parts.core.config.vision_config.spatial_merge_size
+        grid = grid.cpu()  # the encoder reads it several times itself
         shapes = [(t, h // edge, w // edge) for t, h, w in grid.tolist()]
         rows, cuts = self._plan([t * h * w for t, h, w in shapes])
         if not cuts:
@@ -302,7 +307,7 @@ class PackedBlocks(Attachment):
                     "gradient checkpointing in this version of transformers runs hooks of blocks twice; upgrade "
                     "transformers, switch checkpointing off, or use a method that acts at projected"
                 )
-        order = window_order(module, args, kwargs)
+        order = window_order(module, grid, kwargs)
         self.place.run = opened(shapes, rows, cuts, edge**2, order, pixels.device)
         self.record = self.place.run.record
         if self.pixels_wanted:
@@ -388,10 +393,8 @@ def opened(
     sizes = [t * h * w for t, h, w in shapes]
     starts = [0, *accumulate(sizes)]
     counts = [sizes[image] for image in rows]
-    first, length, down, across = (
-        torch.tensor(values, device=device)[:, None]
-        for values in ([starts[i] for i in rows], counts, [shapes[i][1] for i in rows], [shapes[i][2] for i in rows])
-    )
+    table = [[starts[i] for i in rows], counts, [shapes[i][1] for i in rows], [shapes[i][2] for i in rows]]
+    first, length, down, across = torch.tensor(table).to(device, non_blocking=True)[..., None]
     index = torch.arange(max(counts), device=device).expand(len(rows), -1)
     mask = index < length
     index = index.masked_fill(~mask, 0)
@@ -404,7 +407,7 @@ def opened(
         grid=torch.stack([down, across]),
         number=number,
         index=index,
-        at=number if order is None else order.to(device)[number],
+        at=number if order is None else order.to(device, non_blocking=True)[number],
         mask=mask,
         counts=counts,
         place=torch.arange(starts[-1], device=device),

@@ -148,7 +148,8 @@ def anyres(request: Request, signals: dict, projected: Tensor | None) -> dict:
     source = torch.cat([place.source() for place in places])
     number, at = source.div(side * side, rounding_mode="floor"), source % (side * side)
     patch = torch.stack([at // side, at % side], -1).masked_fill(source[:, None] < 0, -1)
-    return {**out, TILE: number.to(projected.device), PATCH: patch.to(projected.device)}
+    maps = {TILE: number, PATCH: patch}
+    return {**out, **{key: x.to(projected.device, non_blocking=True) for key, x in maps.items()}}
 
 
 def find_places(request: Request, projected: Tensor) -> list[Place]:
@@ -158,7 +159,7 @@ def find_places(request: Request, projected: Tensor) -> list[Place]:
     most = str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_")
     newline = core.image_newline.detach()
     features = [feature.detach() for feature in request.features]
-    probes = torch.tensor([0, size // 2, size - 1])
+    probes = torch.tensor([0, size // 2, size - 1]).to(projected.device, non_blocking=True)
     begins = torch.stack([feature[probes] for feature in features])
     same = (begins[:, None] == projected[None, :, probes]).flatten(2).all(-1)
     lines = torch.stack([(feature == newline.to(feature)).all(-1).sum() for feature in features])
@@ -218,7 +219,7 @@ def _gives(place: Place, projected: Tensor, feature: Tensor) -> bool:
     packed = place.pack(projected.detach())
     if packed.shape != feature.shape:
         return False
-    real = (place.source() >= 0).to(packed.device)[:, None]
+    real = (place.source() >= 0).to(packed.device, non_blocking=True)[:, None]
     off = ((packed - feature.to(packed)).abs() * real).amax()
     resized = place.crop is not None and place.crop.resized
     allowed = 8 * torch.finfo(packed.dtype).eps * packed.abs().amax() if resized else 0.0

@@ -24,11 +24,14 @@ class Cut:
     keep: list[int]
 
 
-def plan(parts: Parts, method: Method, budget: Budget | None, visual: Visual, valid: Tensor) -> list[Cut]:
+def plan(
+    parts: Parts, method: Method, budget: Budget | None, visual: Visual, valid: Tensor, columns: list[int]
+) -> list[Cut]:
     """The cuts that remove something, in order.
 
     Args:
-        valid: `[B, L]` bool; a `flops` budget counts the text tokens in it (synchronises).
+        valid: `[B, L]` bool; a `flops` budget counts the text tokens in it (synchronises if some are hidden).
+        columns: how many are valid in every row.
 
     Raises:
         BudgetError: the budget is out of reach.
@@ -36,7 +39,7 @@ def plan(parts: Parts, method: Method, budget: Budget | None, visual: Visual, va
     """
     counts = visual.counts
     if budget is not None and budget.flops is not None:
-        stages = _by_flops(parts, method, budget, visual, valid)
+        stages = _by_flops(parts, method, budget, visual, _text(visual, valid, columns))
     else:
         by_count = {n: method.stages(parts.geometry(n), budget) for n in set(counts)}
         stages = [by_count[n] for n in counts]
@@ -53,9 +56,19 @@ def plan(parts: Parts, method: Method, budget: Budget | None, visual: Visual, va
     return cuts
 
 
-def _by_flops(parts: Parts, method: Method, budget: Budget, visual: Visual, valid: Tensor) -> list[tuple[Stage, ...]]:
+def _text(visual: Visual, valid: Tensor, columns: list[int]) -> list[int]:
+    """Per sample, valid tokens that are not visual ones."""
+    if not visual.exact:
+        return text_tokens(visual, valid)
+    text = list(columns)
+    for row, count in zip(visual.rows, visual.counts):
+        text[row] -= count
+    return text
+
+
+def _by_flops(parts: Parts, method: Method, budget: Budget, visual: Visual, text: list[int]) -> list[tuple[Stage, ...]]:
     """The budget holds for a sample as a whole; its images share the kept tokens in proportion to their size."""
-    samples, text = visual.sample.tolist(), text_tokens(visual, valid)
+    samples = visual.rows
     keep = [0] * len(samples)
     for sample in set(samples):
         images = [image for image, owner in enumerate(samples) if owner == sample]
@@ -83,16 +96,38 @@ def text_tokens(visual: Visual, valid: Tensor) -> list[int]:
     return (valid.sum(1) - seen).tolist()
 
 
-def check_question(method: Method, placeholder: Tensor, valid: Tensor) -> None:
-    """Refuse a sample whose last token is visual, if the method reads the question (synchronises).
+class Question:
+    """Refuses samples whose last token is visual, for a method that reads the question.
 
-    Raises:
-        InputError: names the samples.
+    The device is asked when the call begins, and `check` reads the answer. On a GPU that waits for nothing but this
+    question, so a `check` behind the launch of the decoder costs nothing.
+
+    Args:
+        placeholder, valid: `[B, L]` bool.
     """
-    ends_visual = (placeholder & valid).gather(1, last_valid(valid))[:, 0]
-    if bool(ends_visual.any()):
-        samples = ends_visual.nonzero()[:, 0].tolist()
-        raise InputError(
-            f"{method.name} reads the text after the image, and sample {', '.join(map(str, samples))} has none; "
-            "put the question after the image, or use a method with needs_question=False (see list_methods)"
-        )
+
+    def __init__(self, method: Method, placeholder: Tensor, valid: Tensor):
+        self.method = method
+        ends_visual = (placeholder & valid).gather(1, last_valid(valid))[:, 0]
+        self.answer, self.event = ends_visual.to("cpu", non_blocking=True), None
+        if self.waits(placeholder):
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(placeholder.device))
+
+    @staticmethod
+    def waits(x: Tensor) -> bool:
+        """Whether `check` is better called late. Not in a compiled graph, which an event would break."""
+        return x.is_cuda and not torch.compiler.is_compiling()
+
+    def check(self) -> None:
+        """
+        Raises:
+            InputError: names the samples.
+        """
+        if self.event is not None:
+            self.event.synchronize()
+        if samples := [str(sample) for sample, visual in enumerate(self.answer.tolist()) if visual]:
+            raise InputError(
+                f"{self.method.name} reads the text after the image, and sample {', '.join(samples)} has none; put "
+                "the question after the image, or use a method with needs_question=False (see list_methods)"
+            )

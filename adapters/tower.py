@@ -111,7 +111,11 @@ class Capture:
         self.vision = None  # the cuts inside the encoder, see `prune.adapters.vision_sites.cuts_of`
 
     def attach(self) -> list:
-        """Register the hooks: on the encoder, on the projector and at the layers that are read, nowhere else."""
+        """Register the hooks: on the encoder, on the projector, and on every layer if one of them is read.
+
+        torch.compile shares the code of one layer with all others and does not look at hooks again, so what has a hook
+        in some layer needs one in each; hooks of layers that are not read do nothing.
+        """
         parts, layers = self.parts, self.parts.tower_blocks
         handles = [
             parts.tower.register_forward_pre_hook(self.open, with_kwargs=True),
@@ -129,21 +133,24 @@ class Capture:
                 outputs |= set(self.reads if layer is None else [layer])
             elif layer is not None:
                 derived.setdefault(layer, []).append(key)
-        for layer in outputs:
-            if layer < 0:
-                hook = partial(self.keep_input, layer)
-                handles.append(layers[0].register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                handles.append(layers[layer].register_forward_hook(partial(self.keep_output, layer)))
+        for layer in range(len(layers)) if outputs else ():
+            if -1 in outputs:
+                hook = partial(self.keep_input, layer - 1 if layer == 0 else None)
+                handles.append(layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            hook = partial(self.keep_output, layer if layer in outputs else None)
+            handles.append(layers[layer].register_forward_hook(hook))
         if self.shape.norm and ("features", None) in self.keys and len(layers) - 1 in self.reads:
             norm = attrgetter(self.shape.norm)(parts.tower)
             handles.append(norm.register_forward_hook(partial(self.keep_output, NORMED)))
-        for layer, keys in derived.items():
+        letters = {letter for keys in derived.values() for kind, *_ in keys for letter in READS[kind]}
+        for layer in range(len(layers)) if derived else ():
+            keys = tuple(derived.get(layer, ()))
             attention = attrgetter(self.shape.attention)(layers[layer])
-            for name in projections(attention, {letter for kind, *_ in keys for letter in READS[kind]}):
-                hook = partial(self.keep_projection, layer, name)
+            needed = projections(attention, {letter for kind, *_ in keys for letter in READS[kind]}) if keys else ()
+            for name in projections(attention, letters):
+                hook = partial(self.keep_projection, layer if name in needed else None, name)
                 handles.append(getattr(attention, name).register_forward_hook(hook))
-            hook = partial(self.after_attention, layer, tuple(keys))
+            hook = partial(self.after_attention, layer, keys)
             handles.append(attention.register_forward_hook(hook, with_kwargs=True))
         return handles
 
@@ -164,7 +171,10 @@ class Capture:
                 state.rows[key] = self._features(state, key[1])
             elif key[0] == ALIVE:
                 state.rows[key] = self.vision.take_alive()
-        order = window_order(module, args, kwargs)
+        order = None
+        if hasattr(module, "window_size"):
+            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            order = window_order(module, grid.cpu(), kwargs)
         signals = {key: self._by_token(key, state.rows[key], order) for key in self.keys}
         setattr(output, SIGNALS_OF, signals)
         self.place.encoded = weakref.ref(output)
@@ -187,22 +197,26 @@ class Capture:
         self.place.outputs = ()
 
     # its layers
-    def keep_projection(self, layer: int, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if (state := self.place.state) is not None:
+    @torch.compiler.disable
+    def keep_projection(self, layer: int | None, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if layer is not None and (state := self.place.state) is not None:
             state.raw[layer, name] = output.detach()
 
-    def keep_input(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if (state := self.place.state) is not None:
+    @torch.compiler.disable
+    def keep_input(self, layer: int | None, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if layer is not None and (state := self.place.state) is not None:
             state.outputs[layer] = args[0] if args else kwargs["hidden_states"]
 
-    def keep_output(self, layer: int | str, module: nn.Module, args: tuple, output) -> None:
-        if (state := self.place.state) is not None:
+    @torch.compiler.disable
+    def keep_output(self, layer: int | str | None, module: nn.Module, args: tuple, output) -> None:
+        if layer is not None and (state := self.place.state) is not None:
             state.outputs[layer] = output[0] if isinstance(output, tuple) else output
 
+    @torch.compiler.disable
     @torch.no_grad()
     def after_attention(self, layer: int, keys: tuple, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         state = self.place.state
-        if state is None:
+        if state is None or not keys:
             return
         raw = {name: state.raw.pop((at, name)) for at, name in list(state.raw) if at == layer}
         heads = Heads(module, raw, kwargs, self.shape.cls)
@@ -223,15 +237,19 @@ class Capture:
         kind, core = key[0], self.parts.core
         if self.shape.joined == "consecutive":
             groups = x.unflatten(0, (-1, core.config.vision_config.spatial_merge_size**2))
-            x = _join(kind, groups if order is None or kind == "pixels" else groups[order], 1)
+            x = _join(kind, groups if order is None or kind == "pixels" else _rows(groups, order), 1)
             return x[None]
         if self.shape.cls and kind == "pixels":
             x = F.pad(x, (0, 0, 1, 0))
         if getattr(core.config, "vision_feature_select_strategy", "full") == "default":
             x = x[:, 1:]
         if self.shape.joined == "shuffle":
-            x = _join(kind, x[:, shuffled(core, x.shape[1]).to(x.device)], 2)
+            x = _join(kind, x[:, shuffled(core, x.shape[1]).to(x.device, non_blocking=True)], 2)
         return x
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    return x[order.to(x.device, non_blocking=True)]
 
 
 def _join(kind: str, groups: Tensor, dim: int) -> Tensor:
@@ -263,14 +281,18 @@ def shuffled(core: nn.Module, count: int) -> Tensor:
     return core.pixel_shuffle(number, scale_factor=core.config.downsample_ratio).flatten(0, 2).long()
 
 
-def window_order(tower: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
-    """The place of every token among those a tower with windows (Qwen2.5-VL) works on; None if it has none."""
+def window_order(tower: nn.Module, grid: Tensor, kwargs: dict) -> Tensor | None:
+    """The place of every token among those a tower with windows (Qwen2.5-VL) works on; None if it has none.
+
+    Args:
+        grid: `[images, 3]`, on the host.
+        kwargs: of the tower's call.
+    """
     if not hasattr(tower, "window_size"):
         return None
     order = kwargs.get("window_index")
     if order is None:
         from transformers.vision_utils import get_vision_window_index
 
-        grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         order, _ = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
     return order.argsort()

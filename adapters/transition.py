@@ -28,9 +28,9 @@ class Transition:
         self.layers, self.indices, self.place = layers, indices, Place()
 
     def attach(self) -> list:
+        """On every layer, for torch.compile (see `prune.adapters.tower`); only those of `indices` are begun."""
         handles = []
-        for index in sorted(self.indices):
-            layer = self.layers[index]
+        for index, layer in enumerate(self.layers if self.indices else ()):
             handles += [
                 layer.self_attn.register_forward_hook(self.measure, with_kwargs=True),
                 layer.mlp.register_forward_hook(self.measure, with_kwargs=True),
@@ -38,9 +38,11 @@ class Transition:
             ]
         return handles
 
+    @torch.compiler.disable
     def begin(self, run: Running) -> None:
         self.place.run, self.place.found = run, ()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def measure(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Length of the output over length of the input, and their cosine, `[B, L, 2]`."""
@@ -53,6 +55,7 @@ class Transition:
         cosine = (before * after).sum(-1) / (a * b).clamp(min=tiny)
         self.place.found += (torch.stack([b / a.clamp(min=tiny), cosine], -1),)
 
+    @torch.compiler.disable
     def end(self, index: int, module: nn.Module, args: tuple, output) -> None:
         """Always called, also after an exception."""
         run, self.place.run = self.place.run, None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ class Visual:
         origin: `[S, N0]` number among all placeholders of the call, modality by modality, in reading order.
         visible: `[S, N0]` bool, those the attention mask does not hide.
         sample: `[S]` batch row of every image.
+        known_rows: the same on the host, where it follows from the sizes; see `rows`.
         columns: `[S, N]` the caller's column of every token alive.
         slots: `[S, N]` where it is in the current, maybe already shortened, sequence.
         token: `[S, N]` its index among the image's tokens.
@@ -50,9 +53,17 @@ class Visual:
     initial: list[int]
     counts: list[int]
     exact: bool = True
+    known_rows: list[int] | None = None
     history: list[tuple[Site, Tensor, Tensor]] = field(default_factory=list)
     tower: dict[Hashable, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[int]:
+        """`sample` on the host; asks the device once, if the sizes do not tell."""
+        if self.known_rows is None:
+            self.known_rows = self.sample.tolist()
+        return self.known_rows
 
     def hide(self, valid: Tensor) -> None:
         """Tokens the caller's mask hides (`[B, L]` bool) are padding: not to be chosen, not to be counted."""
@@ -73,6 +84,7 @@ class Visual:
         return self.tower[key][self.origin.gather(1, self.token)]
 
 
+@torch.compiler.disable
 def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool, tiled: bool = True) -> Visual:
     """Where every image's tokens are; no host synchronisation.
 
@@ -82,41 +94,77 @@ def locate(groups: Sequence[tuple[Tensor, list[Layout]]], newlines: bool, tiled:
         tiled: whether the tiles of images' layouts are those of the encoder; else all their tokens are said to be of
             tile 0.
     """
-    device, width = groups[0][0].device, groups[0][0].shape[1]
+    batch, width = groups[0][0].shape
     layouts = [layout for _, found in groups for layout in found]
+    shape = _shape_of(tuple(layouts), newlines, tiled, groups[0][0].device)
+    # A stable sort lists the placeholders in reading order without asking the device how many there are.
+    reading = [
+        (~mask).flatten().to(torch.uint8).argsort(stable=True)[: sum(len(layout.coordinates) for layout in found)]
+        for mask, found in groups
+    ]
+    position = torch.cat(reading)[shape.origin]
+    columns = position % width
+    lengths = [len(layout.coordinates) for layout in layouts]
+    return Visual(
+        layouts=layouts,
+        places=shape.places,
+        tile=shape.tile,
+        patch=shape.places[..., 2:],
+        origin=shape.origin,
+        sample=position[:, 0] // width,
+        columns=columns,
+        slots=columns,
+        token=torch.arange(columns.shape[1], device=columns.device).expand(columns.shape),
+        visible=shape.mask,
+        mask=shape.mask,
+        initial=list(shape.counts),
+        counts=list(shape.counts),
+        known_rows=rows_by_size(lengths, batch, width) if len(groups) == 1 else None,
+    )
+
+
+class _Shape(NamedTuple):
+    """What `Visual` says of images that follows from their layouts alone."""
+
+    places: Tensor
+    tile: Tensor
+    origin: Tensor
+    mask: Tensor
+    counts: tuple[int, ...]
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _shape_of(layouts: tuple[Layout, ...], newlines: bool, tiled: bool, device: torch.device) -> _Shape:
+    """Kept, because batches of the same sizes follow each other, and small copies to a device take their time."""
     lengths = torch.tensor([len(layout.coordinates) for layout in layouts])
     places = torch.cat([layout.coordinates for layout in layouts])
     wanted = torch.ones(len(places), dtype=torch.bool) if newlines else places[:, 0] >= 0
     image = torch.repeat_interleave(torch.arange(len(layouts)), lengths)[wanted]
     counts = torch.bincount(image, minlength=len(layouts))
     number = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
-    shape = (len(layouts), int(counts.max()))
-    pick = torch.zeros(shape, dtype=torch.long)
+    size = (len(layouts), int(counts.max()))
+    pick = torch.zeros(size, dtype=torch.long)
     pick[image, number] = wanted.nonzero()[:, 0]
-    # A stable sort lists the placeholders in reading order without asking the device how many there are.
-    reading = [
-        (~mask).flatten().to(torch.uint8).argsort(stable=True)[: sum(len(layout.coordinates) for layout in found)]
-        for mask, found in groups
-    ]
-    position = torch.cat(reading)[pick.to(device, non_blocking=True)]
-    columns = position % width
-    mask = (torch.arange(shape[1]) < counts[:, None]).to(device, non_blocking=True)
+    mask = torch.arange(size[1]) < counts[:, None]
     tile = torch.where(places[:, 0] < 0, -1, places[:, 0] * tiled + places[:, 1])  # never both tiles and frames
-    return Visual(
-        layouts=layouts,
-        places=places[pick].to(device, non_blocking=True),
-        tile=tile[pick].to(device, non_blocking=True),
-        patch=places[pick][..., 2:].to(device, non_blocking=True),
-        origin=pick.to(device, non_blocking=True),
-        sample=position[:, 0] // width,
-        columns=columns,
-        slots=columns,
-        token=torch.arange(shape[1], device=device).expand(shape),
-        visible=mask,
-        mask=mask,
-        initial=counts.tolist(),
-        counts=counts.tolist(),
-    )
+    made = (x.to(device, non_blocking=True) for x in (places[pick], tile[pick], pick, mask))
+    return _Shape(*made, tuple(counts.tolist()))
+
+
+def rows_by_size(lengths: list[int], batch: int, width: int) -> list[int] | None:
+    """The batch row of every image, if it follows from sizes alone.
+
+    Where no row has room for one image more than the average, every row has the average.
+
+    Args:
+        lengths: placeholders of every image, row by row.
+        batch, width: of the call.
+    """
+    each, rest = divmod(len(lengths), batch)
+    if batch > 1 and (rest or sum(sorted(lengths)[: each + 1]) <= width):
+        return None
+    return [number // each for number in range(len(lengths))]
 
 
 @dataclass
@@ -127,7 +175,7 @@ class Running:
         columns: `[B, L]` the caller's column of every slot.
         ordinal: `[B, caller's L]` number of a column among the sample's valid ones: its place without padding.
         valid: `[B, L]` bool.
-        full: whether all of `valid` is True, known on the host.
+        counts: valid columns of every row, on the host.
         placeholder: `[B, L]` bool, visual tokens and separators.
         visual: the images, if the call has any.
         signals: captured at the layer before the site at hand, sequence in dimension 1.
@@ -139,13 +187,18 @@ class Running:
     columns: Tensor
     ordinal: Tensor
     valid: Tensor
-    full: bool
+    counts: list[int]
     placeholder: Tensor
     visual: Visual | None = None
     signals: dict[str, object] = field(default_factory=dict)
     target: Tensor | None = None
     inputs: Tensor | None = None
     transitions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """Whether all of `valid` is True."""
+        return min(self.counts, default=0) == self.valid.shape[1]
 
     def cut(
         self, hidden: Tensor, site: Site, reducer: Reducer, keep: list[int], show: Callable
@@ -170,12 +223,12 @@ class Running:
             kept = reduction.valid & visual.mask.gather(1, reduction.keep)
             slots = visual.slots.gather(1, reduction.keep)
             survives = self._survivors(slots, kept)
-            if len(hidden) == 1 and self.full and visual.exact and not reducer.adaptive:
-                length = hidden.shape[1] - sum(visual.counts) + sum(keep)
-            else:  # ragged: the one host synchronisation of a cut
-                counts = survives.sum(1)
-                length, fewest = torch.stack([counts.amax(), counts.amin()]).tolist()
-                self.full = length == fewest
+            if visual.exact and not reducer.adaptive:
+                for row, before, left in zip(visual.rows, visual.counts, keep):
+                    self.counts[row] -= before - left
+            else:  # only the device knows: the one host synchronisation of a cut
+                self.counts = survives.sum(1).tolist()
+            length = max(self.counts)
             source, valid, target = compact(survives, length)
         merged = shown.merge(reduction, site.kind == "projected")
         hidden = take(hidden, source)
