@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from prune import Budget, Geometry, apply_pruner, get_method
-from prune.evals.bench_paired import Case, paired, quartiles_ms
+from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line, write_csv
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -73,6 +75,8 @@ def engine(
     rounds: int = typer.Option(20, help="Measured rounds."),
     threads: int = typer.Option(0, help="CPU threads; 0: as torch chooses. On a busy machine 1 is steadier."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    csv: str = typer.Option("", help="Write the rows, with device and versions, to this file."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object per row."),
 ) -> None:
     """Prefill time: full, pruned, and the un-hooked model fed the short sequence.
@@ -82,10 +86,12 @@ def engine(
     """
     if threads:
         torch.set_num_threads(threads)
-    model = llava(width, layers, device, torch.float32)
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype {dtype!r} must be one of {', '.join(DTYPES)}")
+    model = llava(width, layers, device, DTYPES[dtype])
     side = torch.arange(text // 2, device=device)
     ids = torch.cat([side + 3, torch.full((576,), 1000, device=device), side + 99]).expand(batch, -1)
-    pixels = torch.randn(batch, 3, 336, 336, device=device)
+    pixels = torch.randn(batch, 3, 336, 336, device=device, dtype=DTYPES[dtype])
     with torch.inference_mode():
         features = model.model.get_image_features(pixel_values=pixels, return_dict=True)
         embeds = model.get_input_embeddings()(ids)
@@ -108,14 +114,16 @@ def engine(
     with torch.inference_mode():
         times = paired(cases, rounds)
     rows = [_row(name, times[name], times, case.full_layers / layers) for name, case in cases.items()]
+    sizes = {"width": width, "layers": layers, "text": text, "batch": batch, "kept": kept, "dtype": dtype}
+    sizes["rounds"] = rounds
+    if csv:
+        write_csv(csv, [sizes | asdict(row) | setting(device) for row in rows])
     if as_json:
-        setting = {"batch": batch, "kept": kept, "device": device, "threads": torch.get_num_threads()}
         for row in rows:
-            print(json.dumps({**asdict(row), **setting}))
+            print(json.dumps({**asdict(row), **sizes, **setting(device)}))
         return
-    model_note = f"width {width}, {layers} layers, batch {batch}, {device}, {torch.get_num_threads()} threads"
-    note = f"576 -> {kept} visual + {text} text tokens, {model_note}"
-    _print(rows, note)
+    note = f"576 -> {kept} visual + {text} text tokens, width {width}, {layers} layers, batch {batch}, {dtype}"
+    _print(rows, f"{note}\n{setting_line(device)}")
 
 
 def _row(name: str, seconds: list[float], times: dict[str, list[float]], share: float) -> Row:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -46,7 +50,46 @@ def paired(cases: dict[str, Case], rounds: int, warmup: int = 2) -> dict[str, li
 
 
 def quartiles_ms(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile in ms; of one round its time."""
-    found = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    """Lower quartile, median and upper quartile in ms, between the fastest and the slowest; of one round its time."""
+    found = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
     low, median, high = (round(1e3 * value, 3) for value in found)
     return low, median, high
+
+
+def device_name(device: str | torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or a processor without a name
+        return platform.processor() or platform.machine()
+
+
+def setting(device: str | torch.device) -> dict[str, str | int]:
+    """What every row of a CSV says about the machine: device name, CPU threads, versions."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "prune-vlm"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = ""
+    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions}
+
+
+def setting_line(device: str | torch.device) -> str:
+    """The same for the foot of a table."""
+    found = setting(device)
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "transformers") if found[name])
+    return f"{found['device']}, {found['threads']} CPU threads; {versions}"
+
+
+def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
+    """One line per row, under a line of names; folders are made, a file that is there is replaced."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prune import apply_pruner
-from prune.evals.bench_paired import Case, paired, quartiles_ms
+from prune.evals.bench_engine import DTYPES
+from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line, write_csv
 from prune.evals.vision import import_library
 from prune.evals.vit_accounting import account, account_full, vit_parts
 
@@ -52,6 +53,8 @@ def vit(
     rounds: int = typer.Option(10, help="Measured rounds."),
     threads: int = typer.Option(0, help="CPU threads; 0: as torch chooses. On a busy machine 1 is steadier."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    csv: str = typer.Option("", help="Write the rows, with device and versions, to this file."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object per row."),
 ) -> None:
     """Pictures per second of a vision transformer: un-hooked, with a pruner that removes nothing, and pruned.
@@ -61,11 +64,13 @@ def vit(
     """
     if threads:
         torch.set_num_threads(threads)
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype {dtype!r} must be one of {', '.join(DTYPES)}")
     timm = import_library("timm")
     torch.manual_seed(0)
-    model = timm.create_model(model_name, pretrained=False).to(device).eval()
+    model = timm.create_model(model_name, pretrained=False).to(device, DTYPES[dtype]).eval()
     side = timm.data.resolve_model_data_config(model)["input_size"]
-    pixels = torch.randn(batch, *side, device=device)
+    pixels = torch.randn(batch, *side, device=device, dtype=DTYPES[dtype])
     parts = vit_parts(model)
     n = _patches(model, pixels)
     keep = n - r * len(parts.blocks)
@@ -107,12 +112,14 @@ def vit(
                 gflops=round(cost / 1e9, 3),
             )
         )
-    setting = {"model": model_name, "r": r, "batch": batch, "device": device, "threads": torch.get_num_threads()}
+    sizes = {"model": model_name, "r": r, "batch": batch, "dtype": dtype, "rounds": rounds}
+    if csv:
+        write_csv(csv, [sizes | asdict(row) | setting(device) for row in rows])
     if as_json:
         for row in rows:
-            print(json.dumps({**asdict(row), **setting}))
+            print(json.dumps({**asdict(row), **sizes, **setting(device)}))
         return
-    _print(rows, f"{model_name}, random weights, r={r}, batch {batch}, {device}, {setting['threads']} threads")
+    _print(rows, f"{model_name}, random weights, r={r}, batch {batch}, {dtype}\n{setting_line(device)}")
 
 
 def _patches(model: torch.nn.Module, pixels: torch.Tensor) -> int:

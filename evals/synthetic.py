@@ -90,14 +90,15 @@ class Shape:
 
 @dataclass
 class Synthetic:
-    """Tokens of one shape, the same for every reducer; fp32.
+    """Tokens of one shape, the same for every reducer.
 
     Every signal is drawn when it is first asked for, from a seed of its own, and kept. A stage that n tokens enter gets
-    the first n of them, as views.
+    the first n of them, as views. What a model gives in its own dtype is in `dtype`; attention weights are fp32.
     """
 
     shape: Shape
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
     made: dict[str, Tensor] = field(default_factory=dict)
 
     def tokens(self, stage: Stage, n: int) -> VisualTokens:
@@ -129,8 +130,8 @@ class Synthetic:
             tokens.last_token_attention = self._share("last_token_attention", n)
         if "transition" in reducer.signals:
             layers = sum(layer < stage.site.layer for layer in reducer.transition_layers)
-            tokens.transition = self._normal("transition", shape.tokens, layers, 4)[:, :n].sigmoid()
-            tokens.transition_sums = self._normal("transition_sums", layers, 2).abs() + shape.length
+            tokens.transition = self._normal("transition", shape.tokens, layers, 4)[:, :n].float().sigmoid()
+            tokens.transition_sums = self._normal("transition_sums", layers, 2).float().abs() + shape.length
         self._add_text(tokens, reducer.signals)
         return tokens
 
@@ -155,7 +156,7 @@ class Synthetic:
         key = f"{name} {size}"
         if key not in self.made:
             generator = torch.Generator().manual_seed(crc32(key.encode()))
-            self.made[key] = torch.randn(self.shape.batch, *size, generator=generator).to(self.device)
+            self.made[key] = torch.randn(self.shape.batch, *size, generator=generator).to(self.device, self.dtype)
         return self.made[key]
 
     def _wide(self, name: str, n: int) -> Tensor:
@@ -163,7 +164,7 @@ class Synthetic:
 
     def _share(self, name: str, n: int) -> Tensor:
         """`[batch, n]`, what a softmax gives."""
-        return self._normal(name, self.shape.tokens).softmax(-1)[:, :n]
+        return self._normal(name, self.shape.tokens).float().softmax(-1)[:, :n]
 
     def _attention(self, n: int) -> AttentionInputs:
         shape, device, before, length = self.shape, self.device, self.shape.before, n + self.shape.text
@@ -209,11 +210,22 @@ class Synthetic:
         return self._share(spec.kind, n)
 
     @cached_property
-    def _projector(self) -> nn.Module:
-        """LLaVA's: two linear layers."""
+    def _projector(self) -> Projector:
+        """LLaVA's."""
         width = self.shape.width
         layers = nn.Linear(min(TOWER_WIDTH, width), width), nn.GELU(), nn.Linear(width, width)
-        return nn.Sequential(*layers).to(self.device).requires_grad_(False)
+        return Projector(*layers).to(self.device, self.dtype).requires_grad_(False)
+
+
+class Projector(nn.Sequential):
+    """Two linear layers that take rows in any dtype. It tells them, as the engine's does."""
+
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+        return tuple(self)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows.to(self[0].weight.dtype))
 
 
 def chain(method: Method, shape: Shape, keep: int) -> Iterator[tuple[Stage, int]]:

@@ -1,6 +1,8 @@
 """The benchmarks run and report everything; how fast anything is, no test says."""
 
+import csv
 import json
+import os
 import signal
 import time
 
@@ -11,8 +13,10 @@ from typer.testing import CliRunner
 from prune import get_method, list_methods
 from prune.errors import ConfigError
 from prune.evals.bench import app
+from prune.evals.bench_kernels import CASES, PLAIN, Held, chosen, dispatched, kernels, measure
 from prune.evals.bench_methods import LAYER, selection, within
-from prune.evals.bench_paired import Case, paired
+from prune.evals.bench_paired import Case, device_name, paired, quartiles_ms, setting
+from prune.evals.naive import BASELINES
 from prune.evals.synthetic import Shape, Synthetic, chain
 from prune.method import Site, Stage
 from prune.tokens import SIGNALS
@@ -164,6 +168,98 @@ def test_methods_wrong_usage(arguments, message):
     assert result.exit_code == 2 and message in result.stderr
 
 
+def test_methods_against_direct_implementations(tmp_path):
+    path = tmp_path / "new" / "methods.csv"
+    found = rows("methods", "[ru]*", "--shape", "1x32x64", "--rounds", 2, "--naive", "--csv", path)
+    assert {row["method"] for row in found} & set(BASELINES) == {"random", "uniform"}
+    assert all(row["vs_direct"] is None and row["direct_ms"] is None for row in found)
+    (_, tome) = rows("methods", "tome", "--shape", "2x32x64", "--rounds", 3, "--naive")
+    assert tome["direct_ms"] > 0 and tome["vs_direct"] == pytest.approx(tome["direct_ms"] / tome["median_ms"], rel=9)
+    written = list(csv.DictReader(path.open()))
+    assert [row["method"] for row in written] == [row["method"] for row in found]
+    key = {
+        "shape": "1x32x64",
+        "dtype": "float32",
+        "device": device_name("cpu"),
+        "torch": torch.__version__.split("+")[0],
+    }
+    assert all({name: row[name].split("+")[0] for name in key} == key for row in written)
+    table = run("methods", "tome", "--shape", "1x32x64", "--rounds", 1, "--naive").output
+    assert "vs direct" in table and "median over 1" in " ".join(table.split())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_methods_in_half_precision(dtype, source):
+    half = Synthetic(SMALL, dtype=getattr(torch, dtype))
+    tokens = half.tokens(next(chain(get_method("zooprune"), SMALL, KEEP))[0], 70)
+    assert (
+        tokens.features.dtype == half.dtype and tokens.projector(tokens.tower["features"].float()).dtype == half.dtype
+    )
+    fastv = half.tokens(next(chain(get_method("fastv"), SMALL, KEEP))[0], 70)
+    assert fastv.last_token_attention.dtype == torch.float32
+    assert all(row["dtype"] == dtype for row in rows("methods", "zoo*", "--shape", "1x32x64", "--dtype", dtype))
+
+
+# ------------------------------------------------------------------------------------------------------- `kernels`
+
+
+def test_every_kernel_with_a_triton_version_is_timed():
+    assert dispatched()  # found by their `.reference`
+    assert set(dispatched()) | set(PLAIN) == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_has_a_row_per_provider(name):
+    for dtype in ("float32", "bfloat16"):
+        with torch.inference_mode():
+            plain, triton = measure(name, 40, dtype, rounds=2, limit=60, device="cpu")
+        assert (plain.op, plain.provider, plain.dtype, plain.note) == (name, "torch", dtype, "")
+        assert 0 < plain.low_ms <= plain.median_ms <= plain.high_ms and plain.peak_mib > 0 and plain.moved_mb > 0
+        assert triton.provider == "triton" and triton.median_ms is None
+        assert triton.note in ("no CUDA device", "no Triton version")
+
+
+def test_kernels_writes_a_csv_and_leaves_the_choice_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PRUNE_KERNELS", raising=False)
+    kernels("topk*", [33, 65], ["float32"], 2, 60.0, 0, "cpu", str(tmp_path / "kernels.csv"), False)
+    written = list(csv.DictReader((tmp_path / "kernels.csv").open()))
+    keys = [(row["op"], row["provider"], row["shape"], row["dtype"]) for row in written]
+    assert len(set(keys)) == len(keys) == 8 and keys[0] == ("topk_mask", "torch", "1x33", "float32")
+    assert set(setting("cpu")) < set(written[0]) and "PRUNE_KERNELS" not in os.environ
+
+
+def test_kernels_fails_and_runs_out_of_time_in_rows(monkeypatch):
+    def broken(*_):
+        raise ValueError("not today")
+
+    monkeypatch.setitem(PLAIN, "compact", broken)
+    (row, _) = measure("compact", 40, "float32", rounds=1, limit=9, device="cpu")
+    assert row.note == "ValueError: not today" and row.median_ms is None
+    monkeypatch.setitem(PLAIN, "compact", lambda *_: time.sleep(30))
+    (row, _) = measure("compact", 40, "float32", rounds=1, limit=0.1, device="cpu")
+    assert row.note == "more than 0.1 s" and row.peak_mib is None
+
+
+def test_providers_are_chosen_by_the_environment(monkeypatch):
+    monkeypatch.setenv("PRUNE_KERNELS", "auto")
+    with chosen("torch"):
+        assert os.environ["PRUNE_KERNELS"] == "torch"
+    assert os.environ["PRUNE_KERNELS"] == "auto"
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    x = torch.zeros(256)
+    with Held() as held:
+        x.view(2, -1).mul_(2)  # what was there before: none
+        y = x + 1  # 1 KiB
+        z = torch.cat([y, y])  # 2 KiB more
+        del y
+        z.view(2, -1).add_(x)  # a view, and in place: none
+        z = z * 2  # 2 KiB more, before the old one goes
+        (z[:5] + 1).sum()
+    assert held.most == 4 * 1024
+
+
 # -------------------------------------------------------------------------------------------------------- `engine`
 
 
@@ -190,3 +286,8 @@ def test_paired_runs_every_case_in_every_round_and_drops_the_warmup():
     rounds = [ran[start : start + 3] for start in range(0, 15, 3)]
     assert all(sorted(each) == [("a", 1), ("b", 1), ("c", 1)] for each in rounds)
     assert len({tuple(each) for each in rounds}) > 1  # in changing order
+
+
+def test_quartiles_stay_between_the_fastest_and_the_slowest():
+    assert quartiles_ms([0.001, 0.002]) == (1.25, 1.5, 1.75)  # extrapolated, the lower one would be 0.75
+    assert quartiles_ms([0.001, 0.003, 0.002]) == (1.5, 2, 2.5) and quartiles_ms([0.004]) == (4, 4, 4)
