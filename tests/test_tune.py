@@ -292,7 +292,7 @@ def test_a_method_declares_its_own_ranges(monkeypatch):
         ("dart", ["layer"], {}, "write KEY=LOW:HIGH"),
         ("dart", ["layer="], {}, "write KEY=LOW:HIGH"),
         ("dart", ["=1:2"], {}, "write KEY=LOW:HIGH"),
-        ("dart", [], {"layer": "x"}, "layer='x' must be int"),
+        ("dart", [], {"layer": "x"}, "layer='x' must be a whole number"),
         ("random", [], {}, "no option left to search.*seed, layer"),
         ("divprune", [], {}, "no option left to search.*newlines"),
         ("hiprune", [], {"alpha": 0.1, "object_layer": 0.5}, "no option left to search"),
