@@ -45,7 +45,7 @@ class Call:
         deepstack: `[B, L, D]` features to be added after layer 0, 1, ... (Qwen3-VL).
         delta: `[A, B]` shift of later position ids ("compact" positions).
         record: becomes the engine's when the forward succeeds.
-        question: to be checked when the decoder has been launched.
+        question: to be checked before the decoder runs.
         found: the images, until the signals of the vision encoder are known (transformers < 5.18: in this very call).
     """
 

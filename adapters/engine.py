@@ -204,6 +204,8 @@ class Engine(Attachment):
 
     def _open(self, call: Call, kwargs: dict) -> None:
         """Set up the running sequence and what is known of the cached columns."""
+        if call.question is not None:  # before anything is written to the cache
+            call.question.check()
         embeds, cache, ledger = kwargs["inputs_embeds"], kwargs.get("past_key_values"), call.ledger
         batch, device, groups = len(embeds), embeds.device, len(self.bounds) + 1
         if call.caller is None:
@@ -395,8 +397,6 @@ class Engine(Attachment):
         call: Call | None = kwargs.get(CALL)
         if call is None or call.step:
             return None
-        if call.question is not None:
-            call.question.check()
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if call.run.target is not None:
             hidden = take(hidden, forward_fill(call.run.target, hidden.shape[1]).to(hidden.device))

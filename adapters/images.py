@@ -136,7 +136,13 @@ def tower_signals(parts: Parts, found: Found, keys: list, embeds: Tensor | None 
 
 def _user_given(parts: Parts, kwargs: dict, mask: Tensor | None) -> Found | None:
     embeds = kwargs.get("inputs_embeds")
-    if mask is None or embeds is None or embeds.shape[1] != mask.shape[1] or embeds.shape[0] % mask.shape[0]:
+    if mask is None or embeds is None:
+        return None
+    if embeds.shape[1] != mask.shape[1] or embeds.shape[0] % mask.shape[0]:
+        cache = kwargs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():  # later calls bring text
+            shapes = f"{tuple(mask.shape)} for inputs_embeds {tuple(embeds.shape[:2])}"
+            raise InputError(f"visual_mask is {shapes}; it must be [B, L] as they are")
         return None
     mask = mask.to(embeds.device).bool().repeat_interleave(embeds.shape[0] // mask.shape[0], 0)
     layouts = guessed(Request(parts.core, "image", mask, None, kwargs))

@@ -12,7 +12,7 @@ from prune.adapters.structure import Parts
 from prune.adapters.visual import Visual
 from prune.budget import Budget
 from prune.errors import ConfigError, InputError
-from prune.method import Method, Reducer, Site, Stage, alive
+from prune.method import Method, Reducer, Site, Stage
 
 
 @dataclass
@@ -74,7 +74,7 @@ def _by_flops(parts: Parts, method: Method, budget: Budget, visual: Visual, text
         images = [image for image, owner in enumerate(samples) if owner == sample]
         sizes = [visual.counts[image] for image in images]
         geometry = parts.geometry(sum(sizes), text[sample])
-        total = budget.solve(geometry, lambda k, g=geometry: alive(g, method.plan(g, k)))
+        total = method.kept(geometry.visual_tokens, budget, geometry)
         for image, share in zip(images, _apportion(total, sizes)):
             keep[image] = share
     return [method.plan(parts.geometry(n), k) for n, k in zip(visual.counts, keep)]
@@ -100,7 +100,7 @@ class Question:
     """Refuses samples whose last token is visual, for a method that reads the question.
 
     The device is asked when the call begins, and `check` reads the answer. On a GPU that waits for nothing but this
-    question, so a `check` behind the launch of the decoder costs nothing.
+    question, so a `check` behind the launch of the encoder costs next to nothing.
 
     Args:
         placeholder, valid: `[B, L]` bool.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.adapters.positions import last_valid
+from prune.errors import UnsupportedMethodError
 from prune.kernels.compaction import take
 
 
@@ -63,7 +64,28 @@ def _project(attention: nn.Module, kind: str, hidden: Tensor) -> Tensor:
     heads = getattr(attention, f"{kind}_proj")(hidden)
     heads = heads.view(*hidden.shape[:-1], -1, attention.head_dim)
     norm = getattr(attention, f"{kind}_norm", None)
-    return heads if norm is None else norm(heads)
+    return _all_heads(attention, kind, heads if norm is None else norm(heads), 2)
+
+
+def _all_heads(attention: nn.Module, kind: str, heads: Tensor, dim: int) -> Tensor:
+    """Tensor parallelism gives every process some of the heads; all must choose the same tokens, so by all heads.
+
+    Raises:
+        UnsupportedMethodError: there are fewer heads than the config says, and nothing tells where the others are.
+    """
+    config = attention.config
+    total = config.num_attention_heads if kind == "q" else config.num_key_value_heads
+    if heads.shape[dim] == total:
+        return heads
+    mesh = getattr(getattr(attention, f"{kind}_proj").weight, "device_mesh", None)
+    if mesh is None or heads.shape[dim] * mesh.size() != total:
+        raise UnsupportedMethodError(
+            f"{heads.shape[dim]} of the decoder's {total} {kind} heads are in this process, and it is not known where "
+            "the others are; use a method that needs no signal of the decoder, such as divprune"
+        )
+    from torch.distributed.tensor import DTensor, Shard  # slow to import, and rarely needed
+
+    return DTensor.from_local(heads.contiguous(), mesh, [Shard(dim)]).full_tensor()
 
 
 def keys(at: LayerInput, normed: Tensor) -> Tensor:
@@ -90,6 +112,7 @@ def last_token_attention(at: LayerInput, normed: Tensor) -> Tensor:
     seen = (columns <= last) & at.valid
     past = _past_keys(at.cache, at.index, at.past_valid.shape[1])
     if past is not None:
+        past = _all_heads(attention, "k", past, 1)
         k, seen = torch.cat([past.to(k), k], 2), torch.cat([at.past_valid, seen], 1)
     batch, kv_heads, total, dim = k.shape
     grouped = q.view(batch, kv_heads, -1, dim).float()
@@ -141,5 +164,12 @@ def capture(names: tuple[str, ...], at: LayerInput) -> dict[str, Tensor | Projec
     wanted = [name for name in names if name in CAPTURES]
     if not wanted:
         return {}
-    normed = at.layer.input_layernorm(at.hidden)
+    norm = at.layer.input_layernorm
+    if any(weight.is_meta for weight in norm.parameters()) and not hasattr(norm, "_hf_hook"):
+        raise UnsupportedMethodError(
+            f"{', '.join(wanted)} are made of a decoder layer's weights before it runs, and they are off-loaded until "
+            "then; off-load module by module (leave out preload_module_classes), or use a method that needs no signal "
+            "of the decoder, such as divprune"
+        )
+    normed = norm(at.hidden)
     return {name: CAPTURES[name](at, normed) for name in wanted}

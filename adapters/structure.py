@@ -18,6 +18,12 @@ from prune.errors import UnsupportedModelError
 TOWERS = ("vision_tower", "visual", "vision_model")
 
 
+def _is_touched(module: nn.Module) -> bool:
+    """Whether calling a module is more than its class says: hooks, a forward of its own (accelerate), odd weights."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(hooked) or any(type(x) is not nn.Parameter or x.is_meta for x in module.parameters())
+
+
 @dataclass
 class Parts:
     """The modules of one model: `core` merges image features into the prompt and calls `decoder`."""
@@ -50,15 +56,18 @@ class Parts:
         """What maps features of the tower to the decoder's width, in rows of the patches of one token."""
         return getattr(self.core, "multi_modal_projector", None) or getattr(self.tower, "merger", None)
 
-    @cached_property
+    @property
     def projector_layers(self) -> tuple[nn.Linear, nn.Module, nn.Linear] | None:
-        """(linear, activation, linear) if the projector is just that, as LLaVA's is; see `prune.tokens.Projector`."""
+        """(linear, activation, linear) if the projector is just that, as LLaVA's is; see `prune.tokens.Projector`.
+
+        None for layers with hooks, or whose weights are somewhere else between calls.
+        """
         named = [] if self.projector is None else list(self.projector.named_children())
-        if [name for name, _ in named] != ["linear_1", "act", "linear_2"]:
+        if [name for name, _ in named] != ["linear_1", "act", "linear_2"] or "forward" in vars(self.projector):
             return None
         first, activation, last = (module for _, module in named)
         plain = type(first) is type(last) is nn.Linear and not any(True for _ in activation.parameters())
-        return (first, activation, last) if plain else None
+        return (first, activation, last) if plain and not any(_is_touched(module) for _, module in named) else None
 
     def project(self, rows: Tensor) -> Tensor:
         """`[..., g * Dv]` -> `[..., D]`, through the projector (Qwen's wants the g patches as rows)."""
@@ -66,7 +75,7 @@ class Parts:
         if self.projector is getattr(self.tower, "merger", None):
             flat = self.projector(rows.reshape(-1, rows.shape[-1] // self.tower.spatial_merge_size**2))
             return flat.view(*rows.shape[:-1], -1)
-        return self.projector(rows)
+        return self.projector(rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:-1], -1)  # as 8-bit layers want it
 
     @property
     def replays_hooks(self) -> bool:

@@ -133,8 +133,9 @@ class Run:
         most, fewest = torch.stack([counts.amax(), counts.amin()]).tolist()
         self.mask = None if most == fewest else valid[:, :most]
         merge = reduction.merge
-        if merge is not None and merge.scale is not None:
-            merge = replace(merge, scale=merge.scale[:, :most])
+        if merge is not None:  # what is not merged at all, by a weight of 0, may name a slot that is gone
+            scale = None if merge.scale is None else merge.scale[:, :most]
+            merge = replace(merge, slot=merge.slot.clamp(max=most - 1), scale=scale)
         sizes = None if reduction.sizes is None else reduction.sizes[:, :most]
         return Reduction(keep[:, :most], valid[:, :most], merge, sizes)
 

@@ -6,12 +6,11 @@ never asserted in a test: machines differ, ratios within one run are what can be
 
 from __future__ import annotations
 
-import importlib.util
-
 import typer
 
 from prune.evals.bench_all import everything
 from prune.evals.bench_engine import engine
+from prune.evals.bench_kernels import kernels
 from prune.evals.bench_methods import methods
 from prune.evals.bench_model import model
 from prune.evals.bench_vit import vit
@@ -22,11 +21,8 @@ app.command()(methods)
 app.command()(vit)
 app.command()(model)
 app.command("all")(everything)
+app.command()(kernels)
 
-if importlib.util.find_spec("prune.evals.bench_kernels"):
-    from prune.evals.bench_kernels import kernels
-
-    app.command()(kernels)
 
 if __name__ == "__main__":
     app()

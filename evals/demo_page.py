@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 import gradio as gr
 
 from prune.errors import PruneError
@@ -124,10 +126,10 @@ def build(demo: Demo) -> gr.Blocks:
             try:
                 picture, note = open_upload(path)
             except PruneError as error:
-                gr.Warning(str(error))
+                gr.Warning(escape(str(error)))
                 return None, *[gr.skip()] * 5
             if note:
-                gr.Info(note)
+                gr.Info(escape(note))
             return None, Example(picture, ""), picture, ASK, None, None
 
         def compare(example: Example, question: str, a: str, b: str, percent: int, by: str):
@@ -139,7 +141,7 @@ def build(demo: Demo) -> gr.Blocks:
                     drawings = [one.drawing for one in results[1:]] + [None, None]
                     yield comparison_html(results, right), drawings[0], drawings[1]
             except PruneError as error:
-                gr.Warning(str(error))
+                gr.Warning(escape(str(error)))
                 yield gr.skip(), gr.skip(), gr.skip()
             if results and (unknown := demo.unknown_words(question)):
                 gr.Info(f"The model does not know: {', '.join(unknown)}")
@@ -148,7 +150,7 @@ def build(demo: Demo) -> gr.Blocks:
             try:
                 return batch_html(demo.batch(count or 12, (a, b), parse_share(f"{percent}%"), BUDGETS[by], progress))
             except PruneError as error:  # a field that was emptied
-                gr.Warning(str(error))
+                gr.Warning(escape(str(error)))
                 return gr.skip()
 
         hidden = {"api_visibility": "private"}

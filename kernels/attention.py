@@ -225,11 +225,6 @@ def by_segment(kernel: Callable[..., Tensor], cu_seqlens: Tensor, *packed: Tenso
     return found
 
 
-def _alone(valid: Tensor | None, mask: Tensor | None) -> None:
-    if valid is not None or mask is not None:
-        raise ValueError("cu_seqlens says what is valid: give no valid and no mask beside it")
-
-
 def _tiles(
     q: Tensor,
     k: Tensor,
@@ -255,7 +250,8 @@ def _tiles(
     if mask is not None:  # what nobody sees may hold NaN
         rows = mask.any(2) if rows is None else rows & mask.any(2)
         columns = mask.any(1) if columns is None else columns & mask.any(1)
-    rows, columns = (None if x is None else x.expand(sequences, -1) for x in (rows, columns))
+    rows = None if rows is None else rows.expand(sequences, count)
+    columns = None if columns is None else columns.expand(sequences, length)
     most = TILES.get(q.device.type, TILE)
     r = max(1, min(count, chunk or count, max(least, most // max(1, length))))
     h = min(heads, most // max(1, r * length))

@@ -48,12 +48,15 @@ def dispatched(reference: F) -> F:
         try:
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                 raise NotServed("a gradient is wanted")
+            if any(x.device != tensors[0].device for x in tensors if x.is_cuda):
+                raise NotServed("the arguments are on several GPUs")
             with torch.cuda.device(tensors[0].device if on_cuda else -1):  # launches go to the current device
                 return _fused(module, name)(*args, **kwargs)
         except Exception as error:
             if wanted == "triton":
                 raise
-            refused = error
+            refused = error.with_traceback(None)  # whose frames hold what the Triton version has made
+            refused.__context__ = refused.__cause__ = None
         found = reference(*args, **kwargs)  # raises in its turn if it was the arguments
         if not isinstance(refused, (NotServed, torch.OutOfMemoryError)):
             broken.append(name)

@@ -9,12 +9,14 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prune.budget import Budget
 from prune.config import PrunerConfig, find_config
 from prune.errors import BudgetError, ConfigError, UnsupportedModelError
-from prune.method import Method
+from prune.method import Method, options_of
+from prune.options import check_types
 from prune.registry import get_method
 from prune.report import Report
 
@@ -103,6 +105,8 @@ def apply_pruner(
             raise ConfigError(f"{type(method).__name__} must be a dataclass, so that its options say what it is")
         if options:
             raise ConfigError(f"options {sorted(options)} go into the method object: {type(method).__name__}(...)")
+        for one in getattr(method, "members", (method,)):  # made by hand: nobody has looked at the types
+            check_types(type(one), options_of(one))
     elif isinstance(method, str):
         method = get_method(method, **options)
     else:
@@ -113,6 +117,10 @@ def apply_pruner(
     budget = None if carries_own else Budget(**given)
     if positions not in (None, "original", "compact"):
         raise ConfigError(f"positions={positions!r} must be 'original' or 'compact'")
+    if not isinstance(restore, bool):
+        raise ConfigError(f"restore={restore!r:.80} must be True or False")
+    if not (proportional is None or isinstance(proportional, bool)):
+        raise ConfigError(f"proportional={proportional!r:.80} must be True, False or None")
 
     from prune.adapters import attach  # model code, and with it transformers, is imported only when there is a model
 
@@ -123,6 +131,8 @@ def apply_pruner(
 
 def get_handle(model: nn.Module) -> Handle | None:
     """The handle of the pruner a model carries (a deep copy of a pruned model carries its own), or None."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"get_handle wants a model (torch.nn.Module), got {type(model).__name__}")
     from prune.adapters import attached
 
     engine = attached(model)
@@ -186,6 +196,8 @@ class Handle:
         """
         if not self._engine.takes_visual_mask:
             raise ConfigError("visual_mask is for vision-language models; every patch of an image is a visual token")
+        if not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool):
+            raise ConfigError("visual_mask wants a tensor [B, L] of bool: the columns of inputs_embeds that are visual")
         before, self._engine.visual_mask = self._engine.visual_mask, mask
         try:
             yield

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Real
 
 from prune.errors import BudgetError
+
+FINITE = 2.0**63
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Budget:
             names = ", ".join(given) or "none"
             raise BudgetError(f"give exactly one of ratio, keep, average, flops (got {names}), for example ratio=0.9")
         ((name, value),) = given.items()
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise BudgetError(f"{name}={value!r} is not a finite number")
+        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= FINITE:
+            raise BudgetError(f"{name}={value!r:.80} is not a finite number, or too large a one")
         good, domain = {
             "ratio": (0 <= value < 1, "in [0, 1): the share of visual tokens removed"),
             "keep": (value >= 1 and value == int(value), "a whole number >= 1: visual tokens kept per image"),

@@ -48,8 +48,9 @@ class Compose(Method):
         if any(getattr(member, "budgets", None) is not None for member in members):
             raise ConfigError("a composed method may not carry budgets of its own; list its members and theirs instead")
         if budgets is not None:
-            budgets = tuple(budgets)
-            if len(budgets) != len(members) or any(b.ratio is None and b.keep is None for b in budgets):
+            budgets = tuple(budgets) if isinstance(budgets, Sequence) else ()
+            known = all(isinstance(budget, Budget) for budget in budgets)
+            if not known or len(budgets) != len(members) or any(b.ratio is None and b.keep is None for b in budgets):
                 raise ConfigError("budgets wants one Budget(ratio=...) or Budget(keep=...) per member")
         self.members, self.budgets = members, budgets
         self.needs_question = any(member.needs_question for member in members)

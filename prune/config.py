@@ -250,6 +250,7 @@ class PrunerConfig:
         Raises:
             ConfigError: it cannot be written, is larger than `LIMIT`, or weights to copy are missing.
         """
+        _check(isinstance(folder, str | os.PathLike), "folder", folder, "a path")
         copies: dict[str, str] = {}
         text = json.dumps({"schema": SCHEMA, **self._entry(copies)}, indent=2, allow_nan=False) + "\n"
         if len(text) > LIMIT:
@@ -327,6 +328,7 @@ class PrunerConfig:
             ConfigError: it is missing, cannot be reached, is broken, too large or newer, or names what does not exist
                 or lies outside; says which file.
         """
+        _check(isinstance(name, str | os.PathLike), "name", name, "a path, or user/repo")
         if not os.path.exists(os.path.expanduser(name)):
             if not isinstance(name, str) or not hub.is_repo_id(name):
                 raise ConfigError(

@@ -252,6 +252,8 @@ def model_card(config: PrunerConfig, written: Mapping[str, object], repo: str) -
         )
     else:
         model = ("", "model = ...  # a model of a family named below")
+    needs = config.budget is None and all(member.budget is None for member in config.members)
+    call = f'apply_pruner(model, "{repo}"{", ratio=0.75" if needs else ""})'
     given = {} if config.budget is None else {k: v for k, v in vars(config.budget).items() if v is not None}
     budget = "".join(f"Budget: `{name}={value:.6g}`, {BUDGETS[name]}. " for name, value in given.items())
     families = ", ".join(map(_plain, config.families)) or "not recorded"
@@ -267,7 +269,7 @@ def model_card(config: PrunerConfig, written: Mapping[str, object], repo: str) -
         f"{budget}Made or tuned on: {families}.",
         "## Use",
         f"```\npip install prune-vlm\n```\n\n```python\n{model[0]}from prune import apply_pruner\n\n{model[1]}\n"
-        f'handle = apply_pruner(model, "{repo}")  # from now on; handle.remove() takes it off\n```',
+        f"handle = {call}  # from now on; handle.remove() takes it off\n```",
         "A budget or option given to `apply_pruner` replaces the saved one. `revision=` pins a version.",
         f"## Settings\n\n```json\n{settings}\n```",
     ]

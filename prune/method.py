@@ -32,7 +32,7 @@ class Site:
             return text
         kind, _, layer = str(text).partition(":")
         indexed = kind != "projected"
-        if kind not in cls.KINDS or indexed != layer.isdigit() or (layer and not indexed):
+        if kind not in cls.KINDS or indexed != layer.isdecimal() or (layer and not indexed):
             raise ConfigError(f"site {text!r} is none of projected, decoder:<layer>, vision:<layer>, block:<index>")
         return cls(cls.KINDS.index(kind), int(layer) if indexed else 0)
 
@@ -175,7 +175,8 @@ class Reducer(Method):
 
         Args:
             tokens: the images' tokens.
-            keep: per row the count to keep, on the host; at most the row's number of real tokens.
+            keep: per row the count to keep, on the host; at most the row's number of real tokens. The engine relies on
+                it: a reducer that may return fewer valid slots says so with `adaptive = True`.
         """
         raise NotImplementedError
 

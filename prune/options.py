@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import types
 import typing
 from ast import literal_eval
@@ -10,6 +9,9 @@ from collections.abc import Iterable, Mapping
 
 from prune.errors import ConfigError
 from prune.method import Method
+
+LARGEST = 1e18
+"""Of numbers: seeds are 64 bits, and what is computed with the others has 32."""
 
 WORDS: dict[object, str] = {
     int: "a whole number",
@@ -71,9 +73,9 @@ def _fits(value: object, hint: object) -> bool:
     if origin is typing.Literal:
         return value in inner
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, hint) if hint in (str, bool, types.NoneType) else True
 
 
@@ -85,4 +87,4 @@ def _words(hint: object) -> str:
         return "one of " + ", ".join(map(repr, inner))
     if origin is tuple:
         return f"a sequence, each {_words(inner[0])}" if inner[1:] == (...,) else f"({', '.join(map(_words, inner))})"
-    return WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+    return WORDS[hint] if hint in WORDS else str(getattr(hint, "__name__", hint))

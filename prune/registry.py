@@ -78,7 +78,7 @@ def method_class(name: str) -> type[Method]:
         UnknownMethodError: lists the closest and all names.
     """
     _load()
-    if name in _REGISTRY:
+    if isinstance(name, str) and name in _REGISTRY:
         return _REGISTRY[name]
     close = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -176,6 +176,10 @@ def list_methods(
             "tower:cls_attention" and so on.
     """
     _load()
+    if not isinstance(pattern, str):
+        raise ConfigError(f"pattern={pattern!r:.80} must be a wildcard over names, such as '*prune*'")
+    if where not in (None, *Site.KINDS):
+        raise ConfigError(f"where={where!r:.80} must be one of {', '.join(Site.KINDS)}")
     infos = (method_info(name) for name in sorted(_REGISTRY) if fnmatchcase(name, pattern))
     return [
         info.name

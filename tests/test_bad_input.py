@@ -16,12 +16,17 @@ from prune import (
     ConfigError,
     InputError,
     PruneError,
+    Site,
     UnknownMethodError,
     UnsupportedMethodError,
     UnsupportedModelError,
     apply_pruner,
+    get_handle,
     get_method,
+    list_methods,
 )
+from prune.reducers.script import Script
+from prune.reducers.zooprune import ZooPrune
 
 NAN, INF = float("nan"), float("inf")
 
@@ -102,6 +107,16 @@ def _two(*layers):
     return Compose(*(get_method("random", layer=layer) for layer in layers))
 
 
+def _attached(model, call):
+    with apply_pruner(model, "random", ratio=0.5) as handle:
+        call(handle)
+
+
+def _masked(model, handle, mask):
+    with handle.visual_mask(mask):
+        model(inputs_embeds=torch.zeros(1, 10, 32))
+
+
 OWN_BUDGETS = [Budget(ratio=0.5), Budget(keep=2)]
 
 # what is wrong: (error, what the message must say, call)
@@ -116,6 +131,46 @@ ARGUMENTS = {
         lambda m: apply_pruner(m, get_method("random"), ratio=0.5, seed=2),
     ),
     "option of a wrong type": (ConfigError, "layer=", lambda m: apply_pruner(m, "fastv", ratio=0.5, layer="2")),
+    "option of a hand-made method": (
+        ConfigError,
+        "step=inf must be a number",
+        lambda m: apply_pruner(m, ZooPrune(step=INF), ratio=0.5),
+    ),
+    "option of a member": (
+        ConfigError,
+        "gain='x' must be a number",
+        lambda m: apply_pruner(m, Compose(Script(gain="x"), get_method("fastv")), ratio=0.5),
+    ),
+    "seed of 100 bits": (ConfigError, "whole number", lambda m: apply_pruner(m, "random", ratio=0.5, seed=10**30)),
+    "share of 1e308": (ConfigError, "a number", lambda m: apply_pruner(m, "flowcut", ratio=0.5, share=1e308)),
+    "a stage in every layer there is": (
+        ConfigError,
+        "less than 1000",
+        lambda m: apply_pruner(m, "framefusion", ratio=0.5, merges_before=10**12),
+    ),
+    "keep of 400 digits": (BudgetError, "too large", lambda m: apply_pruner(m, "random", keep=10**400)),
+    "restore": (
+        ConfigError,
+        "restore='no' must be True or False",
+        lambda m: apply_pruner(m, "dart", keep=3, restore="no"),
+    ),
+    "proportional": (ConfigError, "True, False or None", lambda m: apply_pruner(m, "dart", keep=3, proportional=1)),
+    "budgets that are none": (
+        ConfigError,
+        r"one Budget\(ratio",
+        lambda m: Compose(get_method("random"), get_method("fastv"), budgets=[0.5, 0.5]),
+    ),
+    "a list for a name": (UnknownMethodError, "unknown method", lambda m: get_method(["dart"])),
+    "where nothing is": (ConfigError, "where='nowhere'", lambda m: list_methods(where="nowhere")),
+    "layer of two squared": (ConfigError, "none of projected", lambda m: Site.parse("decoder:\u00b2")),
+    "the handle of no model": (UnsupportedModelError, "get_handle wants a model", lambda m: get_handle("model")),
+    "no folder": (ConfigError, "folder must be a path", lambda m: _attached(m, lambda h: h.save_pretrained(None))),
+    "visual_mask of text": (ConfigError, "of bool", lambda m: _attached(m, lambda h: _masked(m, h, "x"))),
+    "visual_mask of another length": (
+        InputError,
+        r"\(1, 9\) for inputs_embeds \(1, 10\)",
+        lambda m: _attached(m, lambda h: _masked(m, h, torch.ones(1, 9, dtype=torch.bool))),
+    ),
     "ratio and keep": (BudgetError, "exactly one.*ratio, keep", lambda m: apply_pruner(m, "dart", ratio=0.5, keep=4)),
     "no budget": (BudgetError, "exactly one.*ratio=", lambda m: apply_pruner(m, "dart")),
     "ratio 1": (BudgetError, r"\[0, 1\)", lambda m: apply_pruner(m, "dart", ratio=1.0)),

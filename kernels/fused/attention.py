@@ -28,7 +28,7 @@ def _load(x, places, stride, count, width, INNER: tl.constexpr, WIDEN: tl.conste
     """Rows `[len(places), INNER]` of a matrix, 0 outside of it."""
     inner = tl.arange(0, INNER)
     inside = (places < count)[:, None] & (inner < width)[None, :]
-    found = tl.load(x + places[:, None] * stride + inner[None, :], inside, other=0.0)
+    found = tl.load(x + places[:, None].to(tl.int64) * stride + inner[None, :], inside, other=0.0)
     return found.to(tl.float32) if WIDEN else found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from prune.budget import Geometry
 from prune.errors import ConfigError
 from prune.kernels import dot, topk_indices, unit
+from prune.kernels.cluster import first_equal
 from prune.kernels.compaction import take
 from prune.kernels.tiles import group_rank, group_sum, tile_groups, tile_shares
 from prune.method import Reducer
@@ -181,11 +182,7 @@ def even_cosines(x: Tensor, group: Tensor) -> Tensor:
     that equals it bit by bit, and equal tokens have the plain product, as in `nearest`. O(N^2 D) once, where `nearest`
     passes over `x` every round.
     """
-    factors = torch.full(x.shape[2:], 0x9E3779B97F4A7C1, device=x.device).cumprod(0)  # odd; wraps around
-    key = ((x + 0.0).view(torch.int32) * factors).sum(-1)  # + 0: equal to minus zero
-    first = (key[:, :, None] == key[:, None]).to(torch.uint8).argmax(-1)
-    first = torch.where((take(x, first) == x).all(-1), first, torch.arange(x.shape[1], device=x.device))
-    products = cosines(x, x)
+    first, products = first_equal(x), cosines(x, x)
     products = torch.maximum(products, products.mT)
     rows = first[:, :, None].expand_as(products)
     products = products.gather(1, rows).gather(2, rows.mT)
