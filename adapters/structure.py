@@ -62,12 +62,18 @@ class Parts:
 
         None for layers with hooks, or whose weights are somewhere else between calls.
         """
+        found = self._projector_stack
+        touched = found is None or "forward" in vars(self.projector) or any(map(_is_touched, found))
+        return None if touched else found
+
+    @property
+    def _projector_stack(self) -> tuple[nn.Linear, nn.Module, nn.Linear] | None:
         named = [] if self.projector is None else list(self.projector.named_children())
-        if [name for name, _ in named] != ["linear_1", "act", "linear_2"] or "forward" in vars(self.projector):
+        if [name for name, _ in named] != ["linear_1", "act", "linear_2"]:
             return None
         first, activation, last = (module for _, module in named)
         plain = type(first) is type(last) is nn.Linear and not any(True for _ in activation.parameters())
-        return (first, activation, last) if plain and not any(_is_touched(module) for _, module in named) else None
+        return (first, activation, last) if plain else None
 
     def project(self, rows: Tensor) -> Tensor:
         """`[..., g * Dv]` -> `[..., D]`, through the projector (Qwen's wants the g patches as rows)."""
@@ -129,7 +135,7 @@ class Parts:
             "tower_heads": getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None) or 1,
             "tower_features": linear[0].in_features if linear else 0,
             "projector_flops": sum(2 * m.in_features * m.out_features for m in linear),
-            "projector_hidden": 0 if self.projector_layers is None else linear[0].out_features,
+            "projector_hidden": 0 if self._projector_stack is None else linear[0].out_features,
         }
 
 
