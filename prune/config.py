@@ -8,35 +8,29 @@ model.safetensors; a file never names a place outside its own folder.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import shutil
-import typing
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
-
-from prune import hub, learned_scorer
+from prune import hub
 from prune.budget import Budget
 from prune.compose import Compose
 from prune.errors import BudgetError, ConfigError, PruneError, UnknownMethodError
 from prune.method import Method, options_of
 from prune.options import as_tuples
 from prune.registry import get_method, method_class
+from prune.strict_json import DEPTH, check_depth, parse
+from prune.weight_folders import WEIGHTS, copy, located, weight_folders, write
 
 FILE = "pruner_config.json"
 SCHEMA = 1
 LIMIT = 2**20  # bytes; a config has a few hundred
-DEPTH = 32  # objects and lists within one another
 MEMBERS = 16
-WEIGHTS = {learned_scorer.CONFIG: 2**16, learned_scorer.WEIGHTS: learned_scorer.LIMIT}  # files of a folder, bytes
 POSITIONS = (None, "original", "compact")
 _KNOWN = ("schema", "method", "members", "options", "budget", "positions", "families", "metrics", "vit")
 _VIT = {"block": int, "restore": bool, "proportional": bool}
@@ -100,7 +94,7 @@ class PrunerConfig:
                 f"not JSON: {error!s:.200}; use finite numbers, texts, lists and objects, and for weights the folder "
                 "that their save_pretrained wrote"
             ) from None
-        _check_depth(self.to_dict())
+        check_depth(self.to_dict())
 
     # ------------------------------------------------------------------------------------------ method object
     @classmethod
@@ -179,7 +173,7 @@ class PrunerConfig:
         else:
             entry["options"] = dict(self.options)
             if copies is not None:
-                for name in _folders(self.method, self.options):
+                for name in weight_folders(self.method, self.options):
                     entry["options"][name] = f"{inside}/{name}"
                     copies[f"{inside}/{name}"] = self.options[name]
         if self.budget is not None:
@@ -192,7 +186,7 @@ class PrunerConfig:
     @property
     def has_weights(self) -> bool:
         """Whether an option, of a member too, is a folder of weights."""
-        return bool(_folders(self.method, self.options)) or any(member.has_weights for member in self.members)
+        return bool(weight_folders(self.method, self.options)) or any(member.has_weights for member in self.members)
 
     @classmethod
     def from_dict(cls, found: Any, locate: Callable[[str], Path] | None = None) -> PrunerConfig:
@@ -213,7 +207,7 @@ class PrunerConfig:
             raise ConfigError(
                 f"schema {schema} is newer than this prune reads ({SCHEMA}); upgrade: pip install -U prune-vlm"
             )
-        _check_depth(found)
+        check_depth(found)
         return cls._parse({key: value for key, value in found.items() if key != "schema"}, locate)
 
     @classmethod
@@ -232,7 +226,7 @@ class PrunerConfig:
             _check(isinstance(options, dict), "options", options, "an object, such as {'layer': 2}")
             known["options"] = {key: as_tuples(value) for key, value in options.items()}
             if locate is not None:
-                known["options"] |= _located(known["method"], known["options"], locate)
+                known["options"] |= located(known["method"], known["options"], locate)
         for key in ("families", "members"):
             if key in known:
                 _check(isinstance(known[key], list | tuple), key, known[key], "a list")
@@ -258,8 +252,8 @@ class PrunerConfig:
         target = Path(folder) / FILE
         for name, source in copies.items():
             for file in WEIGHTS:
-                _copy(Path(source).expanduser() / file, target.parent / name / file)
-        _write(target, lambda draft: draft.write_text(text, encoding="utf-8"))
+                copy(Path(source).expanduser() / file, target.parent / name / file)
+        write(target, lambda draft: draft.write_text(text, encoding="utf-8"))
         return target
 
     def push_to_hub(
@@ -371,10 +365,7 @@ class PrunerConfig:
         if len(data) > LIMIT:
             raise ConfigError(f"{label} is larger than {LIMIT} bytes: no saved pruner is; check the path")
         try:
-            found = json.loads(
-                data.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique
-            )
-            return cls.from_dict(found, locate)
+            return cls.from_dict(parse(data), locate)
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from None
         except RecursionError:
@@ -424,14 +415,6 @@ def _check(good: bool, name: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
-def _finite(text: str) -> float:
-    """A float from JSON; NaN, Infinity and numbers too large for a float are refused."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ConfigError(f"{text:.40} is not a finite number; write one")
-    return value
-
-
 def _budget(found: Any) -> Budget:
     names = [f.name for f in fields(Budget)]
     wanted = f"an object with one of {', '.join(names)}, such as {{'keep': 64}}"
@@ -442,101 +425,3 @@ def _budget(found: Any) -> Budget:
         raise ConfigError(f"budget: {error}") from None
     except OverflowError:
         raise ConfigError("budget: the number is too large; give the count or share to keep") from None
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object. A key that comes twice is refused: readers would not agree on which counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        double = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ConfigError(f"the key {double!r:.80} comes twice; leave one")
-    return found
-
-
-def _check_depth(found: object) -> None:
-    """Refuse lists and objects more than `DEPTH` deep, which would overflow a stack somewhere else."""
-    level = [found]
-    for _ in range(DEPTH + 1):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list | tuple)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-        if not level:
-            return
-    raise ConfigError(f"nested more than {DEPTH} deep; write it flatter")
-
-
-# ------------------------------------------------------------------------------------------------------- weights
-def _networks(cls: type[Method]) -> dict[str, tuple[str, ...]]:
-    """Options of a method that may be a network, each with the texts that are not folders: its default, and choices in
-    `search` or in a `Literal`."""
-    try:
-        hints = typing.get_type_hints(cls)
-    except Exception:  # names that exist for the type checker only
-        return {}
-    found = {}
-    for option in fields(cls):  # type: ignore[arg-type]
-        parts = typing.get_args(hints[option.name]) or (hints[option.name],)
-        if not any(isinstance(part, type) and issubclass(part, nn.Module) for part in parts):
-            continue
-        words = [word for part in parts for word in typing.get_args(part)]
-        words += [option.default] if option.default is not MISSING else []
-        choices = getattr(cls, "search", {}).get(option.name, ())
-        words += choices if isinstance(choices, list | tuple) else ()
-        found[option.name] = tuple(word for word in words if isinstance(word, str))
-    return found
-
-
-def _folders(method: object, options: Mapping[str, object]) -> list[str]:
-    """The options that are folders of weights; none of a method that does not exist."""
-    try:
-        networks = _networks(method_class(method)) if isinstance(method, str) else {}
-    except UnknownMethodError:
-        return []
-    return [
-        name
-        for name, words in networks.items()
-        if isinstance(value := options.get(name), str) and value and value not in words
-    ]
-
-
-def _located(method: object, options: Mapping[str, Any], locate: Callable[[str], Path]) -> dict[str, str]:
-    """The options that are folders of weights, with their paths in place of their names in the file."""
-    found = {}
-    for name in _folders(method, options):
-        if not re.fullmatch(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*", options[name], re.ASCII):
-            raise ConfigError(
-                f"option {name}={options[name]!r:.80} must be a folder of weights beside the file, such as "
-                "'weights/scorer'; handle.save_pretrained copies it there"
-            )
-        found[name] = str(locate(options[name]))
-    return found
-
-
-def _copy(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise ConfigError(f"there is no file {source} any more, which the pruner's weights come from; put it back")
-    if not (target.exists() and source.samefile(target)):
-        _write(target, lambda draft: shutil.copyfile(source, draft))
-
-
-def _write(target: Path, fill: Callable[[Path], object]) -> None:
-    """Make a file through a draft beside it, so that it is there whole or not at all.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fill(draft)
-            with open(draft, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error.strerror}; give another folder") from None

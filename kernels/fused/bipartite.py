@@ -10,6 +10,7 @@ from torch import Tensor
 from prune.kernels.similarity import EPS, unit
 
 from .blocks import check, gemm_blocks
+from .similarity import products
 
 
 @torch.no_grad()
@@ -60,22 +61,7 @@ def _match(
     where = tl.zeros((ROWS,), tl.int32)
     for first in range(0, m, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for begin in range(0, dim, INNER):
-            inner = begin + tl.arange(0, INNER)
-            a = tl.load(
-                x + rows[:, None].to(tl.int64) * dim + inner[None, :],
-                mask=(rows < n)[:, None] & (inner < dim)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                y + columns[None, :].to(tl.int64) * dim + inner[:, None],
-                mask=(columns < m)[None, :] & (inner < dim)[:, None],
-                other=0.0,
-            )
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")
+        total = products(x, dim, rows, n, y, dim, columns, m, dim, ROWS, COLUMNS, INNER, WIDEN)
         theirs = tl.load(y_scale + image * m + columns, mask=columns < m, other=0.0)
         real = tl.load(mask + image * m + columns, mask=columns < m, other=0).to(tl.int1)
         found = tl.where(real[None, :], total * (mine[:, None] * theirs[None, :]), float("-inf"))

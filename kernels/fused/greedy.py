@@ -20,6 +20,7 @@ from prune.kernels.similarity import EPS, unit
 from prune.kernels.topk import host_counts, to_device
 
 from .blocks import check, gemm_blocks, interpreted
+from .similarity import products
 
 HELD = 1 << 28
 """Cosines held at a time, at most: 1 GiB of fp32, which is 32 images of 2880 tokens or one of 16384."""
@@ -96,13 +97,13 @@ class Lines(tuple):
         if rows * n * n > HELD:
             raise NotServed(f"the cosines of {rows} x {n} tokens are more than {HELD}")
         x = (unit(x, eps) if x.dtype == torch.float32 else x).contiguous()
-        products = torch.empty(rows, n, n, device=x.device)
+        cosines = torch.empty(rows, n, n, device=x.device)
         sizes = gemm_blocks(x, n, dim)
         side = min(sizes.rows, sizes.columns)
         tiles = triton.cdiv(n, side)
         _products[(tiles, tiles, rows)](
             x,
-            products,
+            cosines,
             n,
             dim,
             SIDE=side,
@@ -114,8 +115,8 @@ class Lines(tuple):
         if x.dtype == torch.float32:
             scale = torch.ones(rows, n, device=x.device)
         else:
-            scale = products.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=eps).reciprocal_()
-        lines = cls((products, scale))
+            scale = cosines.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=eps).reciprocal_()
+        lines = cls((cosines, scale))
         block = triton.next_power_of_2(n)
         lines.launch = dict(BLOCK=block, num_warps=min(16, max(4, block // 256)))
         return lines
@@ -128,22 +129,7 @@ def _products(x, out, n, dim, SIDE: tl.constexpr, INNER: tl.constexpr, WIDEN: tl
     if left >= top:
         rows, columns = top * SIDE + tl.arange(0, SIDE), left * SIDE + tl.arange(0, SIDE)
         x += image * n * dim
-        total = tl.zeros((SIDE, SIDE), tl.float32)
-        for begin in range(0, dim, INNER):
-            inner = begin + tl.arange(0, INNER)
-            a = tl.load(
-                x + rows[:, None].to(tl.int64) * dim + inner[None, :],
-                mask=(rows < n)[:, None] & (inner < dim)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                x + columns[None, :].to(tl.int64) * dim + inner[:, None],
-                mask=(columns < n)[None, :] & (inner < dim)[:, None],
-                other=0.0,
-            )
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")
+        total = products(x, dim, rows, n, x, dim, columns, n, dim, SIDE, SIDE, INNER, WIDEN)
         out += image * n * n
         inside = (rows < n)[:, None] & (columns < n)[None, :]
         tl.store(out + rows[:, None].to(tl.int64) * n + columns[None, :], total, mask=inside)

@@ -24,8 +24,8 @@ def products(
     for start in range(0, width, INNER):
         left = (rows < count)[:, None] & (inner < width - start)[None, :]
         right = (columns < length)[None, :] & (inner < width - start)[:, None]
-        a = tl.load(x + rows[:, None] * x_r + start + inner[None, :], left, other=0.0)
-        b = tl.load(y + columns[None, :] * y_r + start + inner[:, None], right, other=0.0)
+        a = tl.load(x + rows[:, None].to(tl.int64) * x_r + start + inner[None, :], left, other=0.0)
+        b = tl.load(y + columns[None, :].to(tl.int64) * y_r + start + inner[:, None], right, other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
