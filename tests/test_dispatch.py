@@ -144,7 +144,7 @@ import importlib, inspect, pkgutil, prune.kernels
 for info in pkgutil.iter_modules(prune.kernels.__path__):
     module = importlib.import_module(f"prune.kernels.{info.name}")
     for name, found in vars(module).items():
-        if hasattr(found, "reference") and found.__module__ == module.__name__:
+        if hasattr(found, "reference") and getattr(found, "__module__", "") == module.__name__:
             fused = getattr(importlib.import_module(f"prune.kernels.fused.{info.name}"), name)
             same = [*inspect.signature(fused).parameters] == [*inspect.signature(found).parameters]
             print(f"{info.name}.{name}={same}")
