@@ -6,6 +6,7 @@ import types
 import typing
 from ast import literal_eval
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from prune.errors import ConfigError
 from prune.method import Method
@@ -42,8 +43,8 @@ def parse_options(pairs: Iterable[str]) -> dict[str, object]:
 
 
 def as_tuples(value: object) -> object:
-    """Lists, and lists inside them, as tuples: options are written as JSON too, and compared."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+    """Lists and ranges, and those inside them, as tuples: options are written as JSON too, and compared."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple | range) else value
 
 
 def check_types(cls: type[Method], options: Mapping[str, object]) -> None:
@@ -54,13 +55,18 @@ def check_types(cls: type[Method], options: Mapping[str, object]) -> None:
     Raises:
         ConfigError: names the option and what it must be.
     """
-    try:
-        hints = typing.get_type_hints(cls)
-    except Exception:  # names that exist for the type checker only
-        return
+    hints = _hints(cls)  # type: ignore[arg-type]  # mypy takes the hash of instances for that of the class
     for name, value in options.items():
         if name in hints and not _fits(value, hints[name]):
             raise ConfigError(f"{cls.name}: {name}={value!r:.80} must be {_words(hints[name])}")
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, object]:
+    try:
+        return typing.get_type_hints(cls)
+    except Exception:  # names that exist for the type checker only
+        return {}
 
 
 def _fits(value: object, hint: object) -> bool:

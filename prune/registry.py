@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import signature
 from pkgutil import iter_modules
 
 from prune.errors import ConfigError, UnknownMethodError
@@ -26,7 +27,8 @@ def register(cls: type[Method]) -> type[Method]:
     """Class decorator: make a method available by its `name`.
 
     The class must be a dataclass (its fields are the options) and a subclass of `Scorer`, `Reducer` or `Method`, all
-    fields with defaults, with a lower-case `name` nobody else uses and only known `signals`.
+    fields with defaults, with a lower-case `name` nobody else uses and only known `signals`. From then
+    on its constructor refuses options of a wrong type.
 
     Raises:
         ConfigError: one of these does not hold; nothing is registered.
@@ -52,8 +54,23 @@ def register(cls: type[Method]) -> type[Method]:
         cls()
     except TypeError as error:
         raise ConfigError(f"every option of {cls.__name__} needs a default: {error}") from None
+    cls.__init__ = _checked(cls.__init__)  # type: ignore[method-assign]
     _REGISTRY[name] = cls
     return cls
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a dataclass behind a check of its options' types; sequences are made tuples."""
+    known = signature(init)
+
+    @wraps(init)
+    def checked(self, *values, **options):
+        given = known.bind(self, *values, **options)
+        chosen = {name: as_tuples(value) for name, value in list(given.arguments.items())[1:]}
+        check_types(type(self), chosen)
+        init(self, **chosen)
+
+    return checked
 
 
 @lru_cache(maxsize=1)
@@ -101,8 +118,6 @@ def get_method(name: str, **options) -> Method:
         raise ConfigError(
             f"{name} has no option {', '.join(map(repr, unknown))}.{hint} Its options are: {', '.join(known) or 'none'}"
         )
-    options = {key: as_tuples(value) for key, value in options.items()}
-    check_types(cls, options)
     return cls(**options)
 
 

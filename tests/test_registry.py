@@ -1,7 +1,9 @@
 """Registration validates, lookup helps, plug-ins load."""
 
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint
+from inspect import signature
 
 import pytest
 
@@ -20,7 +22,7 @@ from prune import (
 from prune.method import Site, options_of
 from prune.reducers.fastv import FastV
 from prune.reducers.random import Random
-from prune.registry import acts_at
+from prune.registry import acts_at, method_class
 
 
 @pytest.fixture
@@ -81,12 +83,21 @@ def test_options_of_a_wrong_type_are_refused(name):
         for wrong in ("two", True, float("inf"), float("nan"), [["a"]], object()):
             if isinstance(value, bool) and wrong is True:
                 continue
-            with pytest.raises(ConfigError, match="two/config.json" if key == "scorer" and wrong == "two" else key):
-                get_method(name, **{key: wrong})
+            for build in (partial(get_method, name), method_class(name)):
+                with pytest.raises(ConfigError, match="two/config.json" if key == "scorer" and wrong == "two" else key):
+                    build(**{key: wrong})
 
 
-def test_options_may_be_lists():
-    assert get_method("transprune", layers=[1, 2]).layers == (1, 2)
+@pytest.mark.parametrize("given", [[1, 2], (1, 2), range(1, 3)])
+def test_options_may_be_any_sequence(given):
+    assert get_method("transprune", layers=given).layers == method_class("transprune")(given).layers == (1, 2)
+
+
+def test_a_class_built_by_hand_counts_its_arguments():
+    assert FastV(3) == FastV(layer=3) and "layer" in signature(FastV).parameters
+    for wrong in (lambda: FastV(1, 2), lambda: FastV(1, layer=2), lambda: FastV(laier=1)):
+        with pytest.raises(TypeError):
+            wrong()
 
 
 def test_filters():

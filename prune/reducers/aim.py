@@ -78,13 +78,11 @@ class AIM(Method):
         if not 0 < self.merge <= 1:
             raise ConfigError(f"merge={self.merge!r} must be in (0, 1]: the share of the tokens left by merging")
         if self.layers is not None:
-            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-            if not ascending(layers):
+            if not ascending(self.layers):
                 raise ConfigError(f"layers={self.layers} must be ascending whole numbers >= 1, such as range(15, 23)")
-            self.layers = layers
         if self.metric not in ("features", "keys"):
             raise ConfigError(f"metric={self.metric!r} must be 'features' or 'keys'")
-        if not isinstance(self.iterations, int) or self.iterations < 1:
+        if self.iterations < 1:
             raise ConfigError(f"iterations={self.iterations!r} must be a whole number >= 1")
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature!r} must be above 0")

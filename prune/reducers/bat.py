@@ -70,7 +70,6 @@ class BAT(Reducer):
 
     def __post_init__(self):
         if self.layers is not None:
-            self.layers = tuple(self.layers)
             if not ascending(self.layers):
                 raise ConfigError(f"layers={self.layers} must be ascending whole numbers >= 1, such as (3, 6, 9)")
         if not 0 < self.clusters <= 1:

@@ -59,7 +59,7 @@ class Dart(Reducer):
     def __post_init__(self):
         for option, least in (("layer", 1), ("image_pivots", 1), ("text_pivots", 0)):
             value = getattr(self, option)
-            if not isinstance(value, int) or value < least:
+            if value < least:
                 raise ConfigError(f"{option}={value!r} must be a whole number >= {least}")
         if self.pivot_order not in ("sorted", "authors"):
             raise ConfigError(f"pivot_order={self.pivot_order!r} must be 'sorted' or 'authors'")

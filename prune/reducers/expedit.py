@@ -75,11 +75,11 @@ class Expedit(Reducer):
 
     def __post_init__(self):
         good = {
-            "layer": self.layer is None or (isinstance(self.layer, int) and self.layer >= 0),
+            "layer": self.layer is None or self.layer >= 0,
             "tau": self.tau is None or self.tau > 0,
-            "rounds": isinstance(self.rounds, int) and self.rounds >= 1,
-            "window": isinstance(self.window, int) and self.window >= 1 and self.window % 2 == 1,
-            "neighbours": isinstance(self.neighbours, int) and self.neighbours >= 1,
+            "rounds": self.rounds >= 1,
+            "window": self.window >= 1 and self.window % 2 == 1,
+            "neighbours": self.neighbours >= 1,
         }
         domain = {"layer": "a block, or None", "tau": "above 0, or None", "window": "an odd number >= 1"}
         for option, fits in good.items():

@@ -105,10 +105,8 @@ class FiCoCo(Reducer):
         if self.beta is None:
             self.beta = 0.6 if self.variant == "l" else 0.35
         if self.layers is not None:
-            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-            if not ascending(layers):
+            if not ascending(self.layers):
                 raise ConfigError(f"layers={self.layers} must be ascending whole numbers >= 1, such as range(5, 32)")
-            self.layers = layers
         for option in ("beta", "gamma", "quantile"):
             value = getattr(self, option)
             if not 0 <= value <= 1 or (option == "quantile" and value == 1):

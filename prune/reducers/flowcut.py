@@ -81,7 +81,7 @@ class FlowCut(Method):
     needs_question = True
 
     def __post_init__(self):
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 1):
+        if self.layer is not None and self.layer < 1:
             raise ConfigError(f"layer={self.layer!r} must be a whole number >= 1, or None")
         if not self.share >= 1:
             raise ConfigError(f"share={self.share!r} must be at least 1: tokens before the last cut per token after it")

@@ -68,7 +68,7 @@ class FrameFusion(Method):
     def __post_init__(self):
         if not -1 <= self.similarity <= 1:
             raise ConfigError(f"similarity={self.similarity!r} must be in [-1, 1]: a cosine")
-        if not isinstance(self.merges_before, int) or not 1 <= self.merges_before < 1000:
+        if not 1 <= self.merges_before < 1000:
             raise ConfigError(f"merges_before={self.merges_before!r} must be a whole number >= 1, and less than 1000")
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:

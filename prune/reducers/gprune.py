@@ -66,7 +66,7 @@ class GPrune(Reducer):
             raise ConfigError(f"similarity={self.similarity!r} must be in [0, 1)")
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature!r} must be > 0")
-        if not isinstance(self.iterations, int) or self.iterations < 1:
+        if self.iterations < 1:
             raise ConfigError(f"iterations={self.iterations!r} must be a whole number >= 1")
 
     def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:

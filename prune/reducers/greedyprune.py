@@ -50,7 +50,7 @@ class GreedyPrune(Reducer):
     needs_question = True
 
     def __post_init__(self):
-        if not isinstance(self.layer, int) or self.layer < 1:
+        if self.layer < 1:
             raise ConfigError(f"layer={self.layer!r} must be a whole number >= 1")
         if not -1 <= self.tau <= 1:
             raise ConfigError(f"tau={self.tau!r} must be a cosine, in [-1, 1]")

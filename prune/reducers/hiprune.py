@@ -58,7 +58,7 @@ class HiPrune(Reducer):
     positions = "compact"
 
     def __post_init__(self):
-        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+        if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha!r} must be a number in [0, 1]")
         self.tower  # noqa: B018 - checks the layers
 

@@ -79,9 +79,6 @@ class IndexPreserving(Reducer):
     search = {"scorer": ("text", "contrast"), "dilate": (True, False)}
 
     def __post_init__(self):
-        for name in ("dilate", "adaptive"):
-            if type(getattr(self, name)) is not bool:
-                raise ConfigError(f"{name}={getattr(self, name)!r:.80} must be True or False")
         scorer = os.fspath(self.scorer) if isinstance(self.scorer, os.PathLike) else self.scorer
         self._module = None
         if isinstance(scorer, nn.Module):

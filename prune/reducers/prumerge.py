@@ -81,7 +81,7 @@ class PruMerge(Reducer):
             raise ConfigError(f"variant={self.variant!r} must be 'plus' or 'base'")
         if self.ratio is not None and (self.adaptive or self.variant == "base" or not 0 < self.ratio <= 1):
             raise ConfigError(f"ratio={self.ratio!r} must be None, or in (0, 1] for variant 'plus' with adaptive=False")
-        if not isinstance(self.neighbours, int) or self.neighbours < 0:
+        if self.neighbours < 0:
             raise ConfigError(f"neighbours={self.neighbours!r} must be a whole number >= 0")
         if self.space not in ("here", "tower"):
             raise ConfigError(f"space={self.space!r} must be 'here' or 'tower'")

@@ -11,7 +11,7 @@ from torch import Tensor
 from prune.budget import Geometry
 from prune.errors import ConfigError
 from prune.kernels.compaction import take
-from prune.kernels.depth import scale_layers
+from prune.kernels.depth import ascending, scale_layers
 from prune.kernels.rows import mean_row_attention
 from prune.method import Scorer, Site, Stage
 from prune.registry import register
@@ -61,17 +61,14 @@ class PyramidDrop(Scorer):
     needs_question = True
 
     def __post_init__(self):
-        shares = tuple(self.shares) if isinstance(self.shares, (tuple, list)) else ()
+        shares = self.shares
         if not shares or not all(a > b for a, b in zip((1.0, *shares), (*shares, 0.0))):
-            raise ConfigError(f"shares={self.shares!r} must fall, between 1 and 0, such as (0.5, 0.25, 0.125)")
-        self.shares = shares
+            raise ConfigError(f"shares={shares} must fall, between 1 and 0, such as (0.5, 0.25, 0.125)")
         if self.layers is None and len(shares) == len(LAYERS):
             return
-        layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else ()
-        whole = len(layers) == len(shares) and all(isinstance(layer, int) for layer in layers)
-        if not whole or not all(a < b for a, b in zip((0, *layers), layers)):
-            raise ConfigError(f"layers={self.layers!r} must be as many ascending whole numbers >= 1 as shares={shares}")
-        self.layers = layers
+        layers = self.layers or ()
+        if len(layers) != len(shares) or not ascending(layers):
+            raise ConfigError(f"layers={layers} must be as many ascending whole numbers >= 1 as shares={shares}")
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
         layers = self.layers or scale_layers(LAYERS, OF, geometry.layers)

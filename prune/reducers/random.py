@@ -38,9 +38,7 @@ class Random(Scorer):
     title = "Random subset (baseline)"
 
     def __post_init__(self):
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"seed={self.seed!r} must be a whole number, such as seed=0")
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
+        if self.layer is not None and self.layer < 0:
             raise ConfigError(f"layer={self.layer!r} must be None (after the projector) or a whole number >= 0")
 
     @property

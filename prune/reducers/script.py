@@ -70,7 +70,7 @@ class Script(Reducer):
     def __post_init__(self):
         if not -1 <= self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold!r} must be a cosine, in [-1, 1]")
-        if not isinstance(self.few, int) or self.few < 0:
+        if self.few < 0:
             raise ConfigError(f"few={self.few!r} must be a whole number >= 0")
 
     def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:

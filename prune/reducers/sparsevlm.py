@@ -86,14 +86,11 @@ class SparseVLM(Reducer):
         if self.version not in PRESETS:
             raise ConfigError(f"version={self.version!r} must be '1.0' or '2.0'")
         if self.layers is not None:
-            layers = self.layers if isinstance(self.layers, (tuple, list)) else ()
-            whole = len(layers) == 3 and all(isinstance(layer, int) for layer in layers)
-            if not whole or not -1 < layers[0] < layers[1] < layers[2]:
+            if len(self.layers) != 3 or not -1 < self.layers[0] < self.layers[1] < self.layers[2]:
                 raise ConfigError(
-                    f"layers={self.layers!r} must be three ascending whole numbers >= 0, such as (2, 6, 15)"
+                    f"layers={self.layers} must be three ascending whole numbers >= 0, such as (2, 6, 15)"
                 )
-            self.layers = tuple(layers)
-        if not isinstance(self.heads, int) or self.heads < 1:
+        if self.heads < 1:
             raise ConfigError(f"heads={self.heads!r} must be a whole number >= 1")
         if not self.rope_theta > 1:
             raise ConfigError(f"rope_theta={self.rope_theta!r} must be > 1")

@@ -75,11 +75,9 @@ class ToDRE(Method):
             raise ConfigError(f"selector={self.selector!r} must be 'maxsum' or 'kcenter'")
         if self.pivot not in ("cls", "random"):
             raise ConfigError(f"pivot={self.pivot!r} must be 'cls' or 'random'")
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"seed={self.seed!r} must be a whole number, such as seed=0")
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 1):
+        if self.layer is not None and self.layer < 1:
             raise ConfigError(f"layer={self.layer!r} must be None or a whole number >= 1")
-        if not isinstance(self.tau, int | float) or not 0 <= self.tau <= 1:
+        if not 0 <= self.tau <= 1:
             raise ConfigError(f"tau={self.tau!r} must be a number in [0, 1]")
 
     @property

@@ -75,12 +75,10 @@ class TransPrune(Reducer):
 
     def __post_init__(self):
         if self.layers is not None:
-            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-            if not ascending(layers) or len(layers) > 3:
+            if not ascending(self.layers) or len(self.layers) > 3:
                 raise ConfigError(
                     f"layers={self.layers} must be up to three ascending numbers >= 1, such as (7, 9, 12)"
                 )
-            self.layers = layers
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha!r} must be in [0, 1]: the weight of TTV beside attention")
 

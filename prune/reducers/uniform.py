@@ -39,7 +39,7 @@ class Uniform(Reducer):
     title = "Evenly spread subset (baseline)"
 
     def __post_init__(self):
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
+        if self.layer is not None and self.layer < 0:
             raise ConfigError(f"layer={self.layer!r} must be None (after the projector) or a whole number >= 0")
 
     @property

@@ -56,7 +56,7 @@ class VATP(Scorer):
     needs_question = True
 
     def __post_init__(self):
-        if not isinstance(self.layer, int) or self.layer < 1:
+        if self.layer < 1:
             raise ConfigError(
                 f"layer={self.layer!r} must be a whole number >= 1: attention comes from the layer before"
             )

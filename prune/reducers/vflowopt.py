@@ -91,7 +91,6 @@ class VFlowOpt(Reducer):
 
     def __post_init__(self):
         if self.layers is not None:
-            self.layers = tuple(self.layers)
             if not ascending(self.layers) or len(self.layers) > 2:
                 raise ConfigError(f"layers={self.layers} must be one or two ascending numbers >= 1, such as (9, 18)")
         if self.cell is not None and not self.cell >= 1:

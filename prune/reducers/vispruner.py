@@ -64,11 +64,11 @@ class VisPruner(Reducer):
     positions = "compact"
 
     def __post_init__(self):
-        if not isinstance(self.important_ratio, int | float) or not 0 <= self.important_ratio <= 1:
+        if not 0 <= self.important_ratio <= 1:
             raise ConfigError(f"important_ratio={self.important_ratio!r} must be a number in [0, 1]")
         if self.score not in SCORES:
             raise ConfigError(f"score={self.score!r} must be 'cls' or 'received'")
-        if self.drop is not None and (not isinstance(self.drop, int) or self.drop < 1):
+        if self.drop is not None and self.drop < 1:
             raise ConfigError(f"drop={self.drop!r} must be None or a whole number >= 1")
 
     @property
