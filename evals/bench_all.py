@@ -60,12 +60,12 @@ def gpu_commands() -> dict[str, list[str]]:
 
 
 def cpu_commands(threads: int) -> dict[str, list[str]]:
-    """Small enough for ten minutes in all on one core of a quiet machine, but for `methods` and `kernels`."""
+    """Small enough for half an hour in all on one core of a quiet machine."""
     few = ["--threads", str(threads)]
     return {
         "engine": ["engine", "--rounds", "15", *few],
         "methods": ["methods", "--rounds", "1", *few],
-        "kernels": ["kernels"],
+        "kernels": ["kernels", "--rounds", "3", "--limit", "10", *few],
         "vit": ["vit", "--rounds", "5", *few],
         "model": [
             *("model", "--scale", "small", "--dtype", "float32", "--batch", "1", "--rounds", "2", "--steps", "4"),

@@ -166,6 +166,7 @@ CASES: dict[str, Callable[[Inputs], Work]] = {
     "rows_to_columns": _any_rows,
     "head_attention": _head_rows,
     "cosine_reduce": lambda i: i.square(i.x),
+    "cosine_topk": lambda i: i.square(i.x, i.x, 32, i.zeros, i.zeros),
     "propagate": lambda i: i.square(i.x, i.scores.abs(), i.zeros, i.all, 0.5, 0.03, 5),
     "best_match": lambda i: i.square(i.x[:, ::2], i.x[:, 1::2], i.all[:, 1::2], times=0.25),
     "farthest_point": lambda i: i.greedy(i.x, i.keep),

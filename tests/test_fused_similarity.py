@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from prune.kernels import cosine_reduce, graph
+from prune.kernels.dispatch import NotServed
 from prune.kernels.graph import propagate
+from prune.kernels.neighbours import cosine_topk
 
 CUDA = torch.cuda.is_available()
 HERE = CUDA or os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,6 +88,35 @@ class TestTriton:
         assert torch.equal(got, want)
         with pytest.raises(ValueError, match="'max' or 'sum'"):
             cosine_reduce(x, x, "mean")
+
+    @pytest.mark.parametrize(
+        ("n", "k", "dtype"),
+        [
+            *((5, k, dtype) for k in (3, 9) for dtype in DTYPES),
+            (1, 1, torch.float32),
+            (40, 9, torch.bfloat16),
+            *(pytest.param(n, 32, dtype, marks=GPU_ONLY) for n in (577, 2880) for dtype in DTYPES),
+        ],
+    )
+    def test_the_nearest_few(self, n, k, dtype, monkeypatch):
+        """Signs: all products are exact, so that many tokens tie."""
+        blocks = __import__("prune.kernels.fused.blocks", fromlist=["INTERPRETED"])
+        monkeypatch.setattr(blocks, "INTERPRETED", (16, 16))  # sorting takes the interpreter long
+        x, mask = tokens(n, dtype, dim=64)
+        x = x.sign().masked_fill(~mask[..., None], math.nan)
+        group = torch.arange(n, device=DEVICE).expand(2, -1) // 30
+        own, hidden = torch.arange(n, device=DEVICE).expand(2, -1), group.masked_fill(~mask, -1)
+        want, got = both(cosine_topk, monkeypatch, x[:, ::2], x, k, group[:, ::2], hidden, own[:, ::2])
+        assert torch.equal(got[0][mask[:, ::2]], want[0][mask[:, ::2]]) and want[0].shape[-1] == min(n, k)
+        torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-6)
+        want, got = both(cosine_topk, monkeypatch, x.nan_to_num() + 1, x.nan_to_num(), k, group * 0, group * 0)
+        assert torch.equal(got[0], want[0])  # nothing left out
+
+    def test_more_than_a_tile_has_is_not_served(self, monkeypatch):
+        monkeypatch.setenv("PRUNE_KERNELS", "triton")
+        x, group = torch.ones(1, 70, 16, device=DEVICE), torch.zeros(1, 70, dtype=torch.int64, device=DEVICE)
+        with pytest.raises(NotServed, match="k=65"):
+            cosine_topk(x, x, 65, group, group)
 
     @pytest.mark.parametrize("stored", [True, False])
     @pytest.mark.parametrize(

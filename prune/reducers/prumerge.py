@@ -10,15 +10,13 @@ from torch import Tensor
 
 from prune.budget import Geometry
 from prune.errors import ConfigError
-from prune.kernels import topk_indices, unit
+from prune.kernels import topk_indices
 from prune.kernels.compaction import take
+from prune.kernels.neighbours import cosine_topk
 from prune.kernels.tiles import group_rank, group_sum, tile_groups, tile_shares
 from prune.method import Reducer
 from prune.registry import register
 from prune.tokens import Merge, Reduction, Tower, VisualTokens
-
-ELEMENTS = 1 << 26
-"""Cosines held at a time."""
 
 
 @register
@@ -95,8 +93,9 @@ class PruMerge(Reducer):
         attention = tokens.tower["attention"].float().masked_fill(~mask, 0)
         chosen, total = self._choose(attention, group, mask, keep)
         index, valid = topk_indices((chosen | total).float(), keep, chosen | total)
-        keys = tokens.tower["keys"].float().flatten(2).masked_fill(~mask[..., None], 0)
-        source, close = nearest_keys(keys, index, group, mask, self.neighbours)
+        keys, real = tokens.tower["keys"].flatten(2), group.masked_fill(~mask, -1)
+        source, cosine = cosine_topk(take(keys, index), keys, self.neighbours, group.gather(1, index), real, index)
+        close = cosine > -torch.inf
         number = torch.arange(index.shape[1], device=index.device)[:, None].expand(*source.shape)
         weight = attention.gather(1, source.flatten(1)).view_as(close) * close
         weight = weight * (valid & chosen.gather(1, index))[..., None]
@@ -160,31 +159,3 @@ def evenly(candidates: Tensor, count: Tensor, group: Tensor) -> Tensor:
     total = group_sum(candidates, group).clamp(min=1)
     count = count.minimum(total)
     return candidates & ((2 * (rank + 1) * count + total) // (2 * total) > (2 * rank * count + total) // (2 * total))
-
-
-@torch.no_grad()
-def nearest_keys(keys: Tensor, index: Tensor, group: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` tokens of the same group whose keys are nearest to that of every token in `index`, itself left out.
-
-    Args:
-        keys: `[B, N, C]`.
-        index: `[B, K]` int64.
-        group, mask: `[B, N]`.
-
-    Returns:
-        `[B, K, count]` int64, nearest first, ties to the lowest index, and `[B, K, count]` bool, False where a group
-        has no more. Cost: O(K N C), and sorting K rows of N, in chunks.
-    """
-    rows, n, _ = keys.shape
-    count = min(count, n)
-    keys = unit(keys)
-    found, real = [], []
-    for part in index.split(max(1, ELEMENTS // max(1, rows * n)), 1):
-        with torch.autocast(keys.device.type, enabled=False):
-            cosine = take(keys, part) @ keys.transpose(1, 2)
-        apart = ~mask[:, None] | (group[:, None] != group.gather(1, part)[..., None])
-        cosine = cosine.masked_fill(apart, -torch.inf).scatter(2, part[..., None], -torch.inf)
-        best, order = cosine.sort(dim=-1, descending=True, stable=True)
-        found.append(order[..., :count])
-        real.append(best[..., :count] > -torch.inf)
-    return torch.cat(found, 1), torch.cat(real, 1)
