@@ -18,7 +18,7 @@ RESULTS = Path("evals/results")
 
 def everything(
     out: str = typer.Option("", "--out", "-o", help="Folder; evals/results/<device> without it."),
-    only: str = typer.Option("", help="Names out of engine, methods, kernels, vit, model, separated by commas."),
+    only: str = typer.Option("", help="Names of benchmarks, separated by commas; a wrong one lists them."),
     threads: int = typer.Option(1, help="CPU threads, where there is no GPU."),
 ) -> None:
     """Every benchmark, each in a process of its own, to `<out>/<name>.csv`, and the plots of `model` beside them.
@@ -64,6 +64,7 @@ def cpu_commands(threads: int) -> dict[str, list[str]]:
     few = ["--threads", str(threads)]
     return {
         "engine": ["engine", "--rounds", "15", *few],
+        "engine-1024": ["engine", "--rounds", "5", "--width", "1024", "--layers", "32", *few],
         "methods": ["methods", "--rounds", "1", *few],
         "kernels": ["kernels", "--rounds", "3", "--limit", "10", *few],
         "vit": ["vit", "--rounds", "5", *few],

@@ -160,7 +160,7 @@ def model(
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     if plots:
-        draw([asdict(row) for row in rows], Path(plots))
+        draw([asdict(row) | setting(device) for row in rows], Path(plots))
 
 
 # ------------------------------------------------------------------------------------------------------ measuring

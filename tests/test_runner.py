@@ -90,7 +90,7 @@ def test_a_row_is_enough_to_run_its_cell_again(whole, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ resumed
 def test_a_killed_run_ends_with_the_same_rows(whole, tmp_path):
-    """SIGKILL in the middle of a cell, and between cells; every start must get further."""
+    """SIGKILL five times, in the middle of a cell and between cells; every start must get further."""
     path, made = tmp_path / "results.jsonl", sweeps.context()
 
     def lines():
@@ -100,7 +100,7 @@ def test_a_killed_run_ends_with_the_same_rows(whole, tmp_path):
             return tuple(sum(file.read_text().count("\n") for file in files) for files in ([path], journals))
         return (0, 0)
 
-    for wanted in ((0, 2), (1, 1), (2, 3)):  # (finished cells, finished batches of the next) at least
+    for wanted in ((0, 2), (1, 1), (2, 3), (3, 0), (3, 2)):  # (finished cells, finished batches of the next) at least
         process = made.Process(target=sweeps.run, args=(str(path), {}))
         process.start()
         deadline = time.monotonic() + 120
