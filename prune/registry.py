@@ -66,9 +66,10 @@ def _checked(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def checked(self, *values, **options):
         given = known.bind(self, *values, **options)
-        chosen = {name: as_tuples(value) for name, value in list(given.arguments.items())[1:]}
-        check_types(type(self), chosen)
-        init(self, **chosen)
+        for name in [*given.arguments][1:]:
+            given.arguments[name] = as_tuples(given.arguments[name])
+        check_types(type(self), given.arguments)
+        init(*given.args, **given.kwargs)
 
     return checked
 

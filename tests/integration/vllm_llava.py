@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vllm_support import WORST, engine, hugging_face, photo, prompt, request
+from vllm_support import LONG, WORST, engine, hugging_face, photo, prompt, request, same
 
 METHODS = {
     "cdpruner": {},
@@ -20,16 +20,6 @@ METHODS = {
     "vispruner": {},
     "zooprune": {"directions": 8},
 }
-LONG = "How many birds are there beside the blue lake, and of what colour is the house with the red roof?"
-
-
-def same(method: str, options: dict, ask, *cases) -> None:
-    """Every case (text, images, ratio), asked alone, is answered as Hugging Face's model answers it."""
-    for text, images, ratio in cases:
-        expected = hugging_face("llava", method, text, images, ratio, **options)
-        (answer,) = ask(request(text, images, ratio))
-        assert answer.length == expected.length
-        answer.check(expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -38,6 +28,7 @@ def test_every_method_equals_hugging_face(method):
     with engine("llava", {"method": method, "ratio": 0.5, **options}) as ask:
         two = prompt("llava", LONG, images=2)
         same(
+            "llava",
             method,
             options,
             ask,
@@ -80,7 +71,7 @@ def test_images_cut_by_chunked_prefill():
     images = [photo(1), photo(2)]
     settings = dict(max_num_batched_tokens=16, max_num_seqs=2, enable_chunked_prefill=True)
     with engine("llava", {"method": "fastervlm", "ratio": 0.5}, **settings) as ask:
-        same("fastervlm", {}, ask, *((text, images, ratio) for ratio in (0.0, 0.25, 0.5)))
+        same("llava", "fastervlm", {}, ask, *((text, images, ratio) for ratio in (0.0, 0.25, 0.5)))
 
 
 def test_two_questions_about_one_image_keep_different_tokens():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vllm_support import WORST, engine, hugging_face, photo, prompt, request, runner_of
+from vllm_support import LONG, WORST, engine, hugging_face, photo, prompt, request, runner_of, same
 
 METHODS = {
     "cdpruner": {},
@@ -17,16 +17,7 @@ METHODS = {
     "vispruner": {"score": "received"},
     "zooprune": {"directions": 8},
 }
-LONG = "How many birds are there beside the blue lake, and of what colour is the house with the red roof?"
 SQUARE, HIGH, WIDE = photo(1), photo(2, 40, 96), photo(3, 64, 32)
-
-
-def same(method: str, options: dict, ask, *cases) -> None:
-    for text, images, ratio in cases:
-        expected = hugging_face("qwen", method, text, images, ratio, **options)
-        (answer,) = ask(request(text, images, ratio))
-        assert answer.length == expected.length
-        answer.check(expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -35,6 +26,7 @@ def test_every_method_equals_hugging_face(method):
     with engine("qwen", {"method": method, "ratio": 0.5, **options}) as ask:
         two = prompt("qwen", LONG, images=2)
         same(
+            "qwen",
             method,
             options,
             ask,
@@ -68,7 +60,7 @@ def test_images_cut_by_chunked_prefill(chunk):
     text, images = prompt("qwen", LONG, images=3), [HIGH, SQUARE, WIDE]
     settings = dict(max_num_batched_tokens=chunk, max_num_seqs=2, enable_chunked_prefill=True)
     with engine("qwen", {"method": "divprune", "ratio": 0.5}, **settings) as ask:
-        same("divprune", {}, ask, *((text, images, ratio) for ratio in (0.0, 0.25, 0.5)))
+        same("qwen", "divprune", {}, ask, *((text, images, ratio) for ratio in (0.0, 0.25, 0.5)))
 
 
 def test_prompts_whose_positions_would_be_unknown():
@@ -78,7 +70,7 @@ def test_prompts_whose_positions_would_be_unknown():
         with pytest.raises(ValueError, match="text before it and the prompt text at its end"):
             ask(request("<|image_pad|><|image_pad|> What is shown?", [SQUARE, HIGH]))
         text = "<|image_pad|> What is shown?"  # nothing before the image: position 0
-        same("uniform", {}, ask, (text, HIGH, 0.5))
+        same("qwen", "uniform", {}, ask, (text, HIGH, 0.5))
 
 
 def test_without_the_switch_the_server_does_not_start():

@@ -32,6 +32,7 @@ PROMPT = {
     "llava": "USER: {image}\n{question} ASSISTANT:",
     "qwen": "USER: {image}\n{question} ASSISTANT:",
 }
+LONG = "How many birds are there beside the blue lake, and of what colour is the house with the red roof?"
 IMAGE = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>"}
 POSITIONS = {"llava": "compact", "qwen": "original"}
 CLASSES = {"llava": hf.LlavaForConditionalGeneration, "qwen": hf.Qwen2_5_VLForConditionalGeneration}
@@ -155,3 +156,12 @@ def hugging_face(family: str, method: str | None, text: str, images, ratio: floa
         tokens, logprobs = run()
         dropped = sum(image.tokens - len(image.kept) for image in handle.last.images)
     return Answer(tokens, logprobs, length - dropped)
+
+
+def same(family: str, method: str, options: dict, ask, *cases) -> None:
+    """Every case (text, images, ratio), asked alone, is answered as Hugging Face's model answers it."""
+    for text, images, ratio in cases:
+        expected = hugging_face(family, method, text, images, ratio, **options)
+        (answer,) = ask(request(text, images, ratio))
+        assert answer.length == expected.length
+        answer.check(expected)
