@@ -21,8 +21,15 @@ def heads_of(attention: nn.Module) -> tuple[int, int, int]:
     """Heads, key heads and channels of a head."""
     heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
     dim = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
-    dim = dim or attention.embed_dim // heads
+    if not dim:
+        dim = (getattr(attention, "embed_dim", None) or _width(attention)) // heads
     return heads, getattr(attention, "num_kv_heads", None) or heads, dim
+
+
+def _width(attention: nn.Module) -> int:
+    """Channels of the queries, where the module does not say (EVA of older timm)."""
+    fused = getattr(attention, "qkv", None)
+    return attention.q_proj.out_features if fused is None else fused.out_features // 3
 
 
 def projections(attention: nn.Module) -> list[str]:

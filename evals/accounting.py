@@ -250,6 +250,8 @@ def _selection(engine: Engine, images: Sequence[ImageReport], encodings: Sequenc
         left = [len(image.stages[site]) for image in images]
         seen = replace(geometry, visual_tokens=max(counts), text_tokens=total - min(counts))
         flops += len(images) * reducer.selection_flops(seen, max(left))
+        if reducer.merges and reducer.needs_projector:  # what was merged before the projector goes through it again
+            flops += len(images) * max(left) * geometry.projector_flops
         counts = left
     return flops
 

@@ -65,7 +65,8 @@ def cpu_commands(threads: int) -> dict[str, list[str]]:
     return {
         "engine": ["engine", "--rounds", "15", *few],
         "engine-1024": ["engine", "--rounds", "5", "--width", "1024", "--layers", "32", *few],
-        "methods": ["methods", "--rounds", "1", *few],
+        "methods": ["methods", "--shape", "8x576x1024", "--naive", "--rounds", "2", "--limit", "200", *few],
+        "methods-next": ["methods", "--shape", "1x2880x4096", "--rounds", "2", "--limit", "200", *few],
         "kernels": ["kernels", "--rounds", "3", "--limit", "10", *few],
         "vit": ["vit", "--rounds", "5", *few],
         "model": [

@@ -35,6 +35,7 @@ from prune.report import ImageReport, Layout, Report
 FULL, SHORT = "un-pruned", "short sequence"
 RATIOS = ("2/3", "7/9", "8/9", "17/18")
 WIDTH = 140  # of a table
+SELECTIONS = 3  # prefills in which the reducers are timed
 
 
 @dataclass
@@ -52,8 +53,8 @@ class Row:
             interpolated between the full and the short sequence).
         tokens_per_s, tokens_low, tokens_high: decoding, of all sequences of the batch together.
         decode_speedup: per round, median.
-        selection_ms, selection_share: time in reducers in one prefill, and its share of the un-pruned time to first
-            token.
+        selection_ms, selection_share: time in reducers in one prefill, the median of three, and its share of the
+            un-pruned time to first token.
         peak_mib: largest memory allocated on the device during prefill and decoding, weights included; None on a CPU.
         kv_mib: of the cache behind the prefill.
         flops_speedup: un-pruned FLOPs of encoder, prefill and head by this row's, selection counted: the speed-up if
@@ -144,7 +145,14 @@ def model(
         torch.set_num_threads(threads)
     rows: list[Row] = []
     for each in found:
-        net = each.build(scale, kind, device)
+        try:
+            net = each.build(scale, kind, device)
+        except torch.OutOfMemoryError:
+            rows.append(Row(each.name, scale, 0, dtype, "0", FULL, 0, note="out of memory"))
+            if csv:
+                write_csv(csv, [asdict(row) | setting(device) for row in rows])
+            Console(width=WIDTH).print(table(rows[-1:], device))
+            continue
         for size in batch:
             for text, share in shares.items():
                 group = measure(net, each, scale, size, text, share, names, rounds, steps)
@@ -245,7 +253,7 @@ def decode(net: nn.Module, out, length: int, steps: int) -> None:
 
 
 def _try(net: nn.Module, cell: Cell, inputs: dict) -> bool:
-    """Run a cell twice, once watching memory and once the reducers; False and a note if it does not work."""
+    """Run a cell, first watching memory and then the reducers; False and a note if it does not work."""
     row, cuda = cell.row, net.device.type == "cuda"
     try:
         if cuda:
@@ -258,9 +266,12 @@ def _try(net: nn.Module, cell: Cell, inputs: dict) -> bool:
             if cuda:
                 row.peak_mib = round(torch.cuda.max_memory_allocated() / 2**20, 1)
             if isinstance(handle, Handle):
-                with watched_reducers(handle.method, cuda) as seconds:
-                    cell.prefill()
-                row.selection_ms = round(1e3 * seconds(), 3)
+                found = []
+                for _ in range(SELECTIONS):
+                    with watched_reducers(handle.method, cuda) as seconds:
+                        cell.prefill()
+                    found.append(seconds())
+                row.selection_ms = round(1e3 * statistics.median(found), 3)
                 _read_report(net, cell, handle, inputs)
     except Exception as error:  # whatever breaks is a row, not the end
         row.note = _reason(error)

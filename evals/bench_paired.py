@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from prune.kernels.dispatch import choice
+
 
 @dataclass
 class Case:
@@ -68,14 +70,14 @@ def device_name(device: str | torch.device) -> str:
 
 
 def setting(device: str | torch.device) -> dict[str, str | int]:
-    """What every row of a CSV says about the machine: device name, CPU threads, versions."""
+    """What every row of a CSV says about the machine: device name, CPU threads, versions, and `PRUNE_KERNELS`."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "prune-vlm"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = ""
-    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions}
+    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions, "kernels": choice()}
 
 
 def setting_line(device: str | torch.device) -> str:

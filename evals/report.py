@@ -75,6 +75,13 @@ def file_names(groups: Sequence[Comparison]) -> list[str]:
     return names
 
 
+def majority_lines(group: Comparison) -> list[str]:
+    """What needs no picture: one line, several if cells are of several states of the task, none if rows do not say."""
+    found = dict.fromkeys((line.row.get("result") or {}).get("majority") for line in group.lines)
+    what = "Always the most frequent answer" + (" of each kind" if group.kinds else "")
+    return [f"{what}: {100 * share:.1f} %." for share in found if share is not None]
+
+
 # ------------------------------------------------------------------------------------------------------ terminal
 
 
@@ -89,6 +96,7 @@ def terminal_table(rows: list[dict], width: int) -> Group:
     parts, groups = [], comparisons(summarise(rows))
     for group in groups:
         parts += [Text(group.title, style="bold"), *_accuracy_tables(group, width)]
+        parts += [*(Text(line, style="dim") for line in majority_lines(group)), ""] if majority_lines(group) else []
         parts += [*(Text(remark, style="yellow") for remark in remarks(group)), ""] if remarks(group) else []
         parts += [Text(f"cost of {group.title}", style="bold"), _cost_table(group, width), full_cost(group), ""]
     legends = dict.fromkeys(cost_columns(group).legend for group in groups)
@@ -200,7 +208,7 @@ def markdown(
         ]
         for label, found in group.methods.items():
             body.append([_escape(label), *(_markdown_cell(cell(group, found.get(share))) for share in group.shares)])
-        parts.append(_table(headings, body))
+        parts += [_table(headings, body), *majority_lines(group)]
         if found := remarks(group):
             parts.append("\n".join(f"- {_escape(remark)}" for remark in found))
         parts += [f"![{title}]({name})" for title, (name, _) in drawn.items()]

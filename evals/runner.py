@@ -13,12 +13,13 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from fractions import Fraction
-from functools import reduce
+from functools import lru_cache, reduce
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from prune.errors import BudgetError, ConfigError, PruneError
 from prune.evals.cache import Cached
 from prune.evals.grid import SHARES, Cell, Spec, applicable, cells, fingerprint
 from prune.evals.results import SCHEMA, ResultsError, append_line, mend, read_lines, read_rows
+from prune.evals.scorers import accepted
 from prune.evals.stats import mean_interval
 from prune.evals.subject import Subject, add, divide, score
 from prune.evals.tasks import Task
@@ -39,6 +41,10 @@ from prune.evals.vit_subject import ViTSubject
 from prune.method import options_of
 
 TIMES = ("prefill_ms", "decode_ms")
+PACKAGES = (
+    "torch", "transformers", "timm", "open_clip_torch", "datasets", "scikit-learn", "Pillow", "numpy",
+)  # fmt: skip
+"""What scores and times may depend on: the models' code, and what makes or decodes the pictures."""
 
 
 @dataclass
@@ -156,6 +162,7 @@ class Sweep:
         else:
             outcome |= {"status": "ok", "error": None, **summary(records, len(items))}
             outcome["measured"]["seconds"] = time.perf_counter() - start
+            outcome["result"]["majority"] = majority(task)
         self._count(counted + len(items) - self.counted)  # a cell that broke off has no more to do
         device = device_name(subject.device) + (f" x {self.team.size}" if self.team.size > 1 else "")
         row |= {**outcome, "versions": versions(), "device": device}
@@ -314,9 +321,26 @@ def summary(records: list[dict], items: int) -> dict:
     }
 
 
+@lru_cache(maxsize=8)
+def majority(task: Task) -> float:
+    """What always giving the most frequent answer of an item's kind would score; opens no picture."""
+    kinds: dict[str, list] = {}
+    for item in task.items:
+        kinds.setdefault(item.kind, []).append(item)
+    scores = []
+    for items in kinds.values():
+        ((answer, _),) = Counter(answer for item in items for answer in accepted(item)).most_common(1)
+        scores += [task.scorer(answer, item) for item in items]
+    return statistics.fmean(scores)
+
+
 def versions() -> dict[str, str]:
-    named = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return {"prune": __version__, **named, "python": platform.python_version()}
+    """Of `prune`, of Python and of those of `PACKAGES` that are installed."""
+    found = {"prune": __version__}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found | {"python": platform.python_version()}
 
 
 def device_name(device: torch.device) -> str:

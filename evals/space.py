@@ -28,8 +28,9 @@ def search_space(
     """Which options of a method are searched, and where: (lowest, highest) of two numbers, else a tuple of choices.
 
     Those the method declares in its class attribute `search`, such as `{"alpha": (-1.0, 1.0), "layers.0": (1, 12)}`;
-    without one, every option whose default is a number, or a tuple of numbers, around its default (see `around`), and
-    every `Literal`. "layers.0" is the first entry of the tuple `layers`.
+    without one, every option whose default is a number, or a tuple of numbers, around its default (see `around`), every
+    `Literal`, and the two or three decoder layers it cuts at by default, each as far as half-way to the next.
+    "layers.0" is the first entry of the tuple `layers`.
 
     Args:
         name: of the method.
@@ -56,7 +57,7 @@ def search_space(
     default = PrunerConfig(name, fitted(name, layers) | fixed).build()
 
     space = {}
-    for key, where in (getattr(cls, "search", None) or generic(default, known, hints)).items():
+    for key, where in (getattr(cls, "search", None) or generic(default, known, hints, layers)).items():
         option = key.partition(".")[0]
         if option in fixed or option in given or key in given:
             continue
@@ -77,17 +78,30 @@ def search_space(
     return space
 
 
-def generic(default, known: Sequence[str], hints: Mapping[str, object]) -> dict[str, tuple]:
-    """Ranges of all numeric options around the values of a method object, and the choices of `Literal`s."""
+def generic(default, known: Sequence[str], hints: Mapping[str, object], layers: int) -> dict[str, tuple]:
+    """Ranges of all numeric options around the values of a method object, of the decoder layers it cuts at, and the
+    choices of `Literal`s."""
     found: dict[str, tuple] = {}
     for name in known:
         value = getattr(default, name)
+        if name == "layers" and value is None:
+            found |= between([site.layer for site in default.sites(layers) if site.kind == "decoder"], layers)
+            continue
         parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, tuple) else {name: value}
         if typing.get_origin(hints[name]) is typing.Literal:
             found[name] = typing.get_args(hints[name])
         elif name != "seed" and all(type(part) in (int, float) for part in parts.values()):
             found |= {key: (1, 10**6) if name in LAYERS else around(part) for key, part in parts.items()}
     return found
+
+
+def between(cuts: Sequence[int], layers: int) -> dict[str, tuple]:
+    """Ranges of two or three decoder layers that ascend whatever is drawn from them."""
+    if not 2 <= len(cuts) <= 3:
+        return {}
+    ends = [*((a + b) // 2 for a, b in zip(cuts, cuts[1:])), layers - 1]
+    starts = [1, *(end + 1 for end in ends)]
+    return {f"layers.{i}": (start, end) for i, (start, end) in enumerate(zip(starts, ends))}
 
 
 def around(value: float) -> tuple[float, float]:

@@ -127,8 +127,10 @@ def attention_pagerank(
         `[S, L]` fp32, the root mean square over heads.
 
     Cost: where the matrix of one head has no more than `HELD` weights and no chunk is given, O(S L^2 H d) once and
-    O(S L^2 H) an iteration, head by head; otherwise `iterations` times that of `received_attention`. Triton makes
-    the matrix anew in every iteration, from tiles of q and k, and writes `[S, H, L]` fp32.
+    O(S L^2 H) an iteration, head by head; otherwise, and in Triton, the matrix is made anew in every iteration. Bytes
+    moved in torch: q and k in fp32, and the S H L^2 weights, made once and read in every iteration, or made in every
+    one; in Triton once for the log-sum-exp and once an iteration q or k once per tile of the other, and `[S, H, L]`
+    fp32 up to three times.
     """
     sequences, length, heads, _ = q.shape
     rank = start_of_pagerank(q, valid)[:, :, None]

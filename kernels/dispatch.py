@@ -3,7 +3,7 @@
 The environment variable `PRUNE_KERNELS` decides, read at every call:
 
     auto     Triton for CUDA tensors, if it is installed and the kernel compiles; torch otherwise (the default). A
-             fallback on CUDA is said once, at INFO, by the logger "prune.kernels".
+             fallback on CUDA is said once per kernel and type of error, at INFO, by the logger "prune.kernels".
     torch    always the reference; Triton is not imported.
     triton   Triton or an error. On CPU tensors only under TRITON_INTERPRET=1, as tests do.
 """
@@ -23,6 +23,8 @@ from torch import Tensor
 CHOICES = ("auto", "torch", "triton")
 F = TypeVar("F", bound=Callable)
 log = logging.getLogger("prune.kernels")
+said: set[tuple[str, str, type]] = set()
+"""(module, kernel, error) of the fallbacks that were said. Without the texts: they hold shapes, and would never end."""
 
 
 class NotServed(Exception):
@@ -60,7 +62,9 @@ def dispatched(reference: F) -> F:
         found = reference(*args, **kwargs)  # raises in its turn if it was the arguments
         if not isinstance(refused, (NotServed, torch.OutOfMemoryError)):
             broken.append(name)
-        _say(f"{name} runs in torch, not in Triton: {type(refused).__name__}: {refused}")
+        if (why := (module, name, type(refused))) not in said:
+            said.add(why)
+            log.info(f"{name} runs in torch, not in Triton: {type(refused).__name__}: {refused}")
         return found
 
     run.reference = reference
@@ -82,8 +86,3 @@ def choice() -> str:
 @cache
 def _fused(module: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"prune.kernels.fused.{module}"), name)
-
-
-@cache
-def _say(text: str) -> None:
-    log.info(text)

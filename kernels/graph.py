@@ -47,7 +47,9 @@ def propagate(
 
     Cost: where A fits into `ELEMENTS`, O(B N^2 D) once and O(B N^2) an iteration; otherwise A is computed anew in
         every iteration, O(B N^2 D) each. Triton does the same with the logits of A: from tiles of x in its own
-        dtype, one launch for them and for the log-sum-exp of the rows, one for every iteration, which reads A once.
+        dtype, one launch for them and for the log-sum-exp of the rows, one for every iteration. Bytes moved in torch:
+        some ten passes over A in fp32 to make it, and one an iteration; in Triton the logits of A written once and read
+        in every iteration, or, where they do not fit, x once per tile of itself in each.
     """
     rows, n, _ = x.shape
     x = unit(x, 1e-12).masked_fill(~mask[..., None], 0)

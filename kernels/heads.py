@@ -36,7 +36,8 @@ def head_attention(
 
     Returns:
         `[S, H, C]` fp32. Cost: O(S R L H d), peak memory `[S, H, chunk, L]` with a gain, a few tiles without one.
-        Triton makes the rows of calls with a gain, and sums those without one.
+        Bytes moved: without a gain as in `mean_row_attention`; with one those of `row_attention`, and C of the L
+        weights of every row read, multiplied and summed.
     """
     sequences, length, heads = *k.shape[:2], q.shape[2]
     number = rows.sum(1)[:, None, None].clamp(min=1)

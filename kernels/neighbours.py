@@ -38,8 +38,9 @@ def cosine_topk(
         `index` `[B, N, k]` int64, nearest first, ties to the lowest, and `cosine` `[B, N, k]` fp32, -inf (at index 0)
         where there are no more.
 
-    Cost: O(N M D), one matrix product, and sorting N rows of M, in chunks. In Triton (k up to 64) tiles of products are
-        sorted where they are made, and `[B, N, k]` is all that is written: (N + M) D read once per tile of 64.
+    Cost: O(N M D), one matrix product, and sorting N rows of M, in chunks; in Triton (k up to 64) tiles of products are
+        sorted where they are made. Bytes moved in torch: x and y in fp32, N M cosines written, masked and sorted with
+        their int64 places; in Triton x and y in their own dtype once per tile of the other, and `[B, N, k]` twice.
     """
     x, y, k = unit(x, eps), unit(y, eps), min(k, y.shape[1])
     chunk = chunk or max(1, ELEMENTS // max(1, y.shape[0] * y.shape[1]))

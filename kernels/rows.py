@@ -34,7 +34,9 @@ def mean_row_attention(
         chunk: rows at a time, at most.
 
     Returns:
-        `[S, L]` fp32. Cost: O(S R L H d), twice that in Triton; memory and bytes moved as in `received_attention`.
+        `[S, L]` fp32. Cost: O(S R L H d), twice that in Triton; memory as in `received_attention`. Bytes moved in
+        Triton: q or k once per tile of the other, `[S, H, R]` and `[S, H, L]` fp32 twice; torch also writes k and the
+        weights in fp32, tile by tile.
     """
     total = column_attention(q, k, scale, rows, valid, slots + 1, chunk=chunk).mean(1)
     return total / rows.sum(1, keepdim=True).clamp(min=1)
@@ -107,7 +109,7 @@ def rows_to_columns(
         q, k, scale, rows, valid, chunk: as in `mean_row_attention`.
 
     Returns:
-        `[S, L]` fp32. Cost as of `mean_row_attention`.
+        `[S, L]` fp32. Cost and memory as of `mean_row_attention`. Bytes moved: as there.
     """
     return column_attention(q, k, scale, rows, valid, chunk=chunk).mean(1)
 

@@ -63,7 +63,8 @@ def cosine_reduce(
 
     Cost: "max" O(N M D) in chunks; "sum" O((N + M) D), for a sum of cosines is one cosine product with the sum.
     Triton finds the nearest from tiles of x and y in their own dtype (half precision: tensor cores, products exact in
-    fp32), which are read once per tile of 64, and writes `[B, N]`; both then measure it by `dot`, in fp32.
+    fp32). Bytes moved in torch: x and y in fp32, and N M cosines written and read; in Triton x and y once per tile of
+    the other, and `[B, N]`; both then measure the nearest by `dot`: 2 N D fp32 gathered, multiplied and summed.
 
     Raises:
         ValueError: another `reduce`.

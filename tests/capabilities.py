@@ -35,6 +35,10 @@ INSTEAD = (
     {"variant": "v"},
     {"encoder": "inside", "layer": None},
     {"encoder": "after"},
+    {"tau": 0},
+    {"tau": 0, "pivot": "random"},
+    {"space": "here", "score": "received"},
+    {"space": "here", "adaptive": False},
 )
 """Options tried where a method with its own defaults refuses: they do without CLS, or act elsewhere."""
 

@@ -13,6 +13,9 @@ from torch import nn
 
 from prune import Compose, Geometry, Handle, Method, Reduction, apply_pruner, get_method
 
+NAMING = ("layer", "score", "pivot")
+"""Options that tell rows of one method apart."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,7 +38,7 @@ class Row:
     def __str__(self):
         if self.name == "compose":
             return "+".join(str(Row(*member)) for member in self.options)
-        return self.name + "".join(f"@{value}" for key, value in self.options.items() if key == "layer")
+        return self.name + "".join(f"@{value}" for key, value in self.options.items() if key in NAMING)
 
     def method(self) -> Method:
         if self.name == "compose":
@@ -81,6 +84,7 @@ NO_CLS = {
     family: "the vision encoder has no CLS token"
     for family in ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 }
+WITH_CLS = {family: "the method's default runs there" for family in FAMILIES if family not in NO_CLS}
 
 ROWS = (
     Row("random", {"seed": 1}),
@@ -108,13 +112,19 @@ ROWS = (
     Row("hiprune", {"alpha": 0.8}),
     Row("visionzip", {"contextual": 0.4, "score": "received", "space": "here"}, {"ratio": 0.6}),
     Row("vispruner", {"score": "received", "drop": 2}),
+    Row("vispruner", {}, exclude=NO_CLS),
     Row("fastervlm", {}, exclude=NO_CLS),
+    Row("fastervlm", {"score": "received"}, exclude=WITH_CLS),
     Row("prumerge", {"adaptive": False, "neighbours": 2, "space": "here"}, {"ratio": 0.5}, exclude=NO_CLS),
     Row("todre", {"layer": 3, "tau": 0.3}, exclude=NO_CLS),
+    Row("todre", {"layer": 3, "tau": 0.3, "pivot": "random"}, exclude=WITH_CLS),
     Row("zooprune", {"directions": 4, "step": 0.1}),
     Row("norm_diversity", {}, {"keep": 3}),
     Row("pooling", {}),
 )
+
+BEFORE_PROJECTOR = (Row("visionzip", {}, {"ratio": 0.5}, exclude=NO_CLS),)
+"""Rows that merge before the projector: only the core cases know what comes out of it then."""
 
 IN_VITS = ("bat", "expedit", "index_preserving", "tome")
 """Methods that act at blocks of vision transformers, and in no family here: see test_vit_contract.py."""
@@ -131,7 +141,7 @@ EAGER = ("random", "uniform", "dart", "fastv", "divprune", "compose", "hiprune",
 """Rows that run under eager attention too: every kind of site and signal is among them."""
 
 
-def cells(rows=ROWS, families=FAMILIES, attention=ATTENTION):
+def cells(rows=ROWS + BEFORE_PROJECTOR, families=FAMILIES, attention=ATTENTION):
     """Parametrize a test over (row, family, attention)."""
     table = [
         pytest.param(row, family, attn, id=f"{row}-{family}-{attn}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import prune.kernels
 from prune import get_method, list_methods
 from prune.errors import ConfigError
 from prune.evals.bench import app
@@ -206,6 +207,14 @@ def test_methods_in_half_precision(dtype, source):
 def test_every_kernel_with_a_triton_version_is_timed():
     assert dispatched()  # found by their `.reference`
     assert set(dispatched()) | set(PLAIN) == set(CASES)
+
+
+@pytest.mark.parametrize("name", dispatched())
+def test_every_kernel_with_a_triton_version_is_public_and_says_what_it_costs(name):
+    kernel = dispatched()[name]
+    assert name in prune.kernels.__all__ and getattr(prune.kernels, name) is kernel
+    said = " ".join(kernel.__doc__.split())
+    assert "Cost" in said and "Bytes moved" in said and "`[" in said  # shapes
 
 
 @pytest.mark.parametrize("name", CASES)

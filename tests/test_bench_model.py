@@ -92,6 +92,16 @@ def test_what_breaks_is_a_row(monkeypatch):
     assert "out of memory" in run("[ud]*", "--ratio", "3/4").output
 
 
+def test_a_model_too_large_is_a_row(monkeypatch, tmp_path):
+    def build(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(TINY), "build", build)
+    assert "out of memory" in run("uniform", "--csv", str(tmp_path / "a.csv")).output
+    with (tmp_path / "a.csv").open() as file:
+        assert [line["note"] for line in csv.DictReader(file)] == ["out of memory"]
+
+
 def test_flops_are_those_of_a_run():
     net = TINY.build("full", torch.bfloat16, "cpu")
     inputs = TINY.inputs(net, 1)

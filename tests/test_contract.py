@@ -1,12 +1,13 @@
 """The contract every method keeps on every family: see `matrix.py` for the table."""
 
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
 import torch
 from fingerprint import changed, fingerprint
 from matrix import IN_VITS, ROWS, cells
-from reference import assert_close, check_counts, expect, merges_of, of_sample
+from reference import assert_close, check_counts, expect, merges_of, of_sample, places, trace
 from tiny import (
     ATTENTION,
     FAMILIES,
@@ -97,14 +98,44 @@ def test_forward_equals_reference(row, family, attn):
 
 def _expected(row, oracle, sample, report, number, policy, reductions, answer=()):
     """The reference for one row of a batch, with the answer behind it."""
-    return expect(
-        oracle,
-        sample.then(list(answer)),
-        of_sample(report, number),
-        policy,
-        spans=sample.spans() if row.method().newlines else None,
-        merges=merges_of(report, reductions) if reductions else None,
-    )
+    images, merges = of_sample(report, number), merges_of(report, reductions) if reductions else {}
+    spans = sample.spans() if row.method().newlines else None
+    if not row.method().needs_projector or not merges:
+        return expect(oracle, sample.then(list(answer)), images, policy, spans=spans, merges=merges)
+    with _merged_before_projector(oracle, sample, images, merges):
+        return expect(oracle, sample.then(list(answer)), images, policy, spans=spans)
+
+
+@contextmanager
+def _merged_before_projector(oracle, sample, images, merges):
+    """The oracle with the sums of `merges` taken in what its projector reads; rows are found by what they become."""
+    projector, inputs, outputs = oracle.model.multi_modal_projector, [], []
+
+    def keep(module, args, output):
+        inputs.append(args[0].flatten(0, -2))
+        outputs.append(output.flatten(0, -2))
+
+    hook = projector.register_forward_hook(keep)
+    embeds = trace(oracle, collate([sample])).embeds
+    hook.remove()
+    spans, merged = places(oracle, sample, embeds), [x.clone() for x in inputs]
+    for modality in ("image", "video"):
+        own = [span for span, medium in zip(spans, sample.media) if medium.modality == modality]
+        for span, image in zip(own, [image for image in images if image.layout.modality == modality]):
+            at = [next((i, r) for i, x in enumerate(outputs) for r in _equal(x, embeds[c])) for c in span]
+            for to, terms in merges[image.sample, image.index, "projected"].items():
+                call, row = at[to]
+                merged[call][row] = sum(weight * inputs[at[token][0]][at[token][1]] for weight, token in terms)
+    calls = iter(merged)
+    hook = projector.register_forward_pre_hook(lambda module, args: (next(calls).view_as(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _equal(rows, row):
+    return (rows == row).all(-1).nonzero()[:, 0].tolist()
 
 
 def _check_report(row, model, report):

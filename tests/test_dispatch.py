@@ -51,7 +51,7 @@ class Kernel:
 
         monkeypatch.setattr(dispatch, "_fused", lambda module, name: fused)
         monkeypatch.setattr(torch.cuda, "device", lambda index: torch.enable_grad())  # any context
-        dispatch._say.cache_clear()
+        monkeypatch.setattr(dispatch, "said", set())
         self.run = dispatched(double)
 
     def __call__(self, x, **kwargs):
@@ -104,6 +104,17 @@ def test_what_passes_is_tried_again(kernel, caplog, error):
     assert len(caplog.records) == 1
     kernel.error = None
     assert kernel(THERE) == ["triton"]
+
+
+def test_every_kind_of_fallback_is_said_once_whatever_the_shape(kernel, caplog):
+    caplog.set_level(logging.DEBUG, "prune.kernels")
+    for kind in (NotServed, torch.OutOfMemoryError):
+        for tokens in (20000, 30000):
+            kernel.error = kind(f"{tokens} tokens")
+            assert kernel(THERE) == ["triton", "torch"]
+    refused, full = (record.message for record in caplog.records)
+    assert refused.endswith("NotServed: 20000 tokens") and full.endswith("OutOfMemoryError: 20000 tokens")
+    assert len(dispatch.said) == 2
 
 
 def test_wrong_arguments_are_no_fault_of_triton(kernel):

@@ -365,6 +365,22 @@ def test_notes_on_what_cannot_be_compared():
     assert "Differences are to random(layer=0)." in screen([*two, make_row("dart")])
 
 
+def test_what_needs_no_picture_is_one_line_below_the_table(tmp_path):
+    rows = make_rows(shares=(1 / 3, 1 / 9))
+    assert "Always the" not in screen(rows)
+    for row in rows[1:]:  # a row of an earlier version does not say
+        row["result"]["majority"] = 0.2054
+    said = "Always the most frequent answer of each kind: 20.5 %."
+    text = screen(rows)
+    assert text.count(said) == 1 and text.index("uniform") < text.index(said) < text.index("cost of")
+    write_report(rows, tmp_path)
+    assert (tmp_path / "report.md").read_text().count(f"\n\n{said}\n\n") == 1
+    rows = [make_row("none", kinds=()), make_row("random", kinds=(), items=100)]
+    for row, share in zip(rows, (0.5, 0.25)):
+        row["result"]["majority"] = share
+    assert "answer: 50.0 %.\nAlways the most frequent answer: 25.0 %." in re.sub(" +\n", "\n", screen(rows))
+
+
 def test_text_of_rows_is_shown_as_it_is():
     text = screen(
         [

@@ -114,10 +114,10 @@ class TestTriton:
         compare(name, Case(5, torch.float32), monkeypatch)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("name", ["received, causal", "rows", "mean rows"])
+    @pytest.mark.parametrize("name", RUNS)
     def test_half_precision(self, name, dtype, monkeypatch):
         """Products of half-precision numbers are exact in fp32: no wider tolerance."""
-        compare(name, Case(5, dtype), monkeypatch)
+        compare(name, Case(37, dtype), monkeypatch)
 
     @pytest.mark.parametrize("name", ["received", "received, causal", "received, packed", "pagerank", "mean rows"])
     def test_one_place(self, name, monkeypatch):
@@ -138,9 +138,10 @@ class TestTriton:
 
     @GPU_ONLY
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("n", "heads", "kv_heads", "dim"), [(2880, 8, 4, 128), (16384, 2, 1, 64)])
     @pytest.mark.parametrize("name", RUNS)
-    def test_a_high_resolution_image(self, name, dtype, monkeypatch):
-        compare(name, Case(2880, dtype, heads=8, kv_heads=4, dim=128), monkeypatch, atol=1e-6)
+    def test_a_high_resolution_image_and_a_long_video(self, name, n, heads, kv_heads, dim, dtype, monkeypatch):
+        compare(name, Case(n, dtype, heads=heads, kv_heads=kv_heads, dim=dim), monkeypatch, atol=1e-6)
 
     @GPU_ONLY
     def test_memory_of_a_long_sequence(self, monkeypatch):

@@ -148,13 +148,15 @@ class TestTriton:
             farthest_point(torch.zeros(1, 20000, 1, device=DEVICE), 2)
 
 
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device: 2880 tokens take the interpreter too long")
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device: so many tokens take the interpreter too long")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "width", "images"), [(2880, 4096, 2), (16384, 1024, 1)])  # 16384: as many as are served
 @pytest.mark.parametrize("rule", RULES)
-def test_2880_tokens_on_cuda(monkeypatch, rule, dtype):
+def test_thousands_of_tokens_on_cuda(monkeypatch, rule, n, width, images, dtype):
     """Signs: whatever the order of the sums, cosines are exact; but for the DPP's decomposition."""
-    x, weight, tile, mask = case(2880, dtype, width=4096, signs="dpp" not in rule)
-    compare(monkeypatch, RULES[rule], x, weight, tile, [40, 17] if "dpp" in rule else [320, 100], mask)
+    x, weight, tile, mask = case(n, dtype, width, images, signs="dpp" not in rule)
+    counts = [40, 17] if "dpp" in rule else [320, 100]
+    compare(monkeypatch, RULES[rule], x, weight, tile, counts[:images], mask)
 
 
 # --------------------------------------------------------------------------------------------------------- reference

@@ -95,7 +95,7 @@ class TestTriton:
             *((5, k, dtype) for k in (3, 9) for dtype in DTYPES),
             (1, 1, torch.float32),
             (40, 9, torch.bfloat16),
-            *(pytest.param(n, 32, dtype, marks=GPU_ONLY) for n in (577, 2880) for dtype in DTYPES),
+            *(pytest.param(n, 32, dtype, marks=GPU_ONLY) for n in (577, 2880, 16384) for dtype in DTYPES),
         ],
     )
     def test_the_nearest_few(self, n, k, dtype, monkeypatch):
@@ -109,7 +109,7 @@ class TestTriton:
         want, got = both(cosine_topk, monkeypatch, x[:, ::2], x, k, group[:, ::2], hidden, own[:, ::2])
         assert torch.equal(got[0][mask[:, ::2]], want[0][mask[:, ::2]]) and want[0].shape[-1] == min(n, k)
         torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-6)
-        want, got = both(cosine_topk, monkeypatch, x.nan_to_num() + 1, x.nan_to_num(), k, group * 0, group * 0)
+        want, got = both(cosine_topk, monkeypatch, x.nan_to_num().flip(1), x.nan_to_num(), k, group * 0, group * 0)
         assert torch.equal(got[0], want[0])  # nothing left out
 
     def test_more_than_a_tile_has_is_not_served(self, monkeypatch):
@@ -137,6 +137,17 @@ class TestTriton:
                 monkeypatch.setattr(place, "ELEMENTS", 1)
             if n > 5 and not CUDA:
                 monkeypatch.setattr(graph, "ELEMENTS", 1 << 16)  # torch goes row by row otherwise
+        self.same_flow(monkeypatch, x, start, group, mask)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n", [40, pytest.param(2880, marks=GPU_ONLY), pytest.param(16384, marks=GPU_ONLY)])
+    def test_propagation_along_many_edges(self, n, dtype, monkeypatch):
+        """Signs: cosines are exact, and none is the threshold, so that no edge hangs on rounding."""
+        x, mask = tokens(n, dtype, dim=64)
+        start, group = torch.rand(2, n, device=DEVICE), torch.arange(n, device=DEVICE).expand(2, -1) // 300
+        self.same_flow(monkeypatch, x.sign().masked_fill(~mask[..., None], math.nan), start, group, mask)
+
+    def same_flow(self, monkeypatch, x, start, group, mask):
         (want, degrees), (got, edges) = both(propagate, monkeypatch, x, start, group, mask, 0.35, 0.03, 2)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
         assert torch.equal(edges, degrees) and not edges[~mask].any() and not got[~mask].any()

@@ -81,8 +81,9 @@ class TestTriton:
             assert triton.dtype == torch.bool and torch.equal(reference, triton)
 
     @pytest.mark.parametrize("n", [2880, 16384])
-    def test_topk_of_long_rows(self, monkeypatch, n):
-        scores, mask, counts = rows(n, torch.bfloat16, ties=False)  # of few digits, so that thousands tie
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_topk_of_long_rows(self, monkeypatch, n, dtype):
+        scores, mask, counts = rows(n, dtype, ties=False)  # in half precision thousands tie
         reference, triton = both(monkeypatch, lambda: topk_indices(scores, counts, mask))
         assert torch.equal(reference[0], triton[0]) and torch.equal(reference[1], triton[1])
 

@@ -416,6 +416,11 @@ def test_vflowopt_schedule():
         assert found == pytest.approx(nominal, abs=0.002)
         nearest = vflowopt.nearest_preset([one], torch.ones(1, n, dtype=torch.bool))
         assert vflowopt.PRESETS[nearest[0]][1] == shares
+        own = get_method("vflowopt", shares=shares[:2])  # the same by hand
+        assert [stage.keep for stage in own.plan(geometry, final)] == [one, two, final]
+        assert [stage.keep for stage in own.plan(geometry, n - 3)] == [n - 3] * 3  # never less than the last
+    with pytest.raises(ConfigError, match="shares"):
+        get_method("vflowopt", shares=(0.5, 0.0))
 
 
 def test_vflowopt_presets():

@@ -71,6 +71,34 @@ def test_rows_say_what_plain_code_says(whole):
     assert found["dart", 0.111]["status"] == "out of reach" and "29.6" in found["dart", 0.111]["error"]
 
 
+def test_rows_say_what_a_constant_answer_scores(whole):
+    """Of the most frequent answer of each kind, as `scenes.majority` counts it."""
+    shares, items = scenes_model.scenes.majority(Scenes(size=ITEMS)), list(Scenes(size=ITEMS))
+    want = sum(shares[item.kind] for item in items) / ITEMS
+    done = [row["result"] for row in read_rows(whole) if row["status"] == "ok"]
+    assert [result["majority"] for result in done] == [pytest.approx(want)] * 6
+
+
+def test_majority_counts_every_accepted_answer(tmp_path):
+    from prune.evals.tasks import load_task
+
+    Scenes(size=1)[0].images[0].save(tmp_path / "a.png")
+    answers = [["car", "red car"], "bus", ["red car"], ["a red car", "van"], "bike", "bike"]
+    lines = [dict(image="a.png", question="what?", answer=one, kind="ab"[n > 3]) for n, one in enumerate(answers)]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert runner.majority(load_task(f"folder:{tmp_path}")) == 5 / 6
+
+
+def test_rows_say_all_versions(whole, monkeypatch):
+    (found,) = {json.dumps(row["versions"]) for row in read_rows(whole)}
+    named = {"torch", "transformers", "timm", "open_clip_torch", "datasets", "scikit-learn", "Pillow", "numpy"}
+    assert {"prune", "torch", "transformers", "scikit-learn", "Pillow", "numpy", "python"} <= set(json.loads(found))
+    assert set(json.loads(found)) <= {"prune", "python"} | named
+    ask = runner.metadata.version
+    monkeypatch.setattr(runner.metadata, "version", lambda name: ask("no-such-package" if name == "timm" else name))
+    assert runner.versions() == {k: v for k, v in json.loads(found).items() if k != "timm"}
+
+
 def test_a_row_is_enough_to_run_its_cell_again(whole, tmp_path):
     row = next(row for row in read_rows(whole) if row["method"]["name"] == "dart" and row["status"] == "ok")
     from prune.evals.tasks import load_task
@@ -145,6 +173,20 @@ def test_finished_cells_are_not_run_again(whole, monkeypatch):
     before = whole.read_bytes()
     assert len(sweep(whole).run()) == 7
     assert whole.read_bytes() == before
+
+
+def test_rows_of_an_earlier_version_are_finished_too(whole, tmp_path, monkeypatch):
+    """Versions, and what came into rows later, are no part of what a cell is; the report takes both sorts together."""
+    old, path = read_rows(whole), tmp_path / "results.jsonl"
+    for row in old:
+        row["versions"] = {"prune": "0.0.1", "torch": "2.0.0", "transformers": "5.0.0", "python": "3.10.0"}
+        (row["result"] or {}).pop("majority", None)
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    monkeypatch.setattr(subject.Subject, "answer", lambda *_: pytest.fail("ran again"))
+    assert sweep(path).run() == old
+    assert run("report", path, "-o", tmp_path / "report").exit_code == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*old[:3], *read_rows(whole)[3:]]))
+    assert run("report", path, "-o", tmp_path / "report").exit_code == 0
 
 
 def test_a_whole_last_line_without_its_end_counts(whole, tmp_path, monkeypatch):

@@ -232,7 +232,20 @@ def test_impossible_trials_are_passed_over(subject, tmp_path):
             | {"layers.0": (2, 6), "layers.1": (7, 12), "layers.2": (13, 20)},
         ),
         ("random", 5, {}, {"layer": (1, 4), "seed": (0, 9)}, {"layer": (1, 4), "seed": (0, 9)}),
-        ("vflowopt", 5, {"alpha": 0.0}, {"recycle": (True, False)}, {"recycle": (True, False)}),
+        (
+            "vflowopt",
+            5,
+            {"alpha": 0.0, "cell": 3.0, "threshold": 1.0},
+            {"recycle": (True, False)},
+            {"shares.0": (0.1, 1.0), "shares.1": (0.1, 1.0), "recycle": (True, False)},
+        ),
+        (
+            "transprune",
+            32,
+            {},
+            {},
+            {"layers.0": (1, 8), "layers.1": (9, 10), "layers.2": (11, 31), "alpha": (0.0, 1.0)},
+        ),
     ],
 )
 def test_the_search_space(name, layers, fixed, given, expected):

@@ -1,8 +1,13 @@
-"""The parts of the vLLM plug-in that need no vLLM: options, counts, the tokens that are left, M-RoPE positions."""
+"""The parts of the vLLM plug-in that need no vLLM: options, counts, the tokens that are left, M-RoPE positions.
+
+And what the parts refuse that import vLLM, over stand-ins for its modules.
+"""
 
 from __future__ import annotations
 
 import sys
+import warnings
+from importlib import import_module
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -14,10 +19,11 @@ from torch import nn
 
 from prune import apply_pruner, get_method
 from prune.adapters.families import SIGNAL_TOWERS
-from prune.adapters.vllm import ARCHITECTURES, mrope, register
-from prune.adapters.vllm.options import Pruning, Served, check_unpruned, refusal, strip, works
+from prune.adapters.vllm import ARCHITECTURES, guard, mrope, register
+from prune.adapters.vllm.options import OPTION, Pruning, Served, check_unpruned, refusal, strip, works
 from prune.adapters.vllm.reduction import PROJECTOR_READS, reduce_images, texts_after
 from prune.adapters.vllm.tower import TowerReader
+from prune.adapters.vllm.worker import check_engine
 from prune.budget import Budget
 from prune.errors import BudgetError, ConfigError, PruneError, UnsupportedMethodError
 from prune.kernels.attention import received_attention
@@ -153,6 +159,160 @@ def test_old_versions_of_vllm_are_left_as_they_are(monkeypatch, recwarn, version
     assert registered == (ARCHITECTURES if served else {})
     told = ["it is 0.9" in str(one.message) for one in recwarn]
     assert told == ([] if served else [True, True])
+
+
+# ------------------------------------------------------------------------------------------------------- engine
+READS_TOWER = {"method": "fastervlm", "ratio": 0.5}
+
+
+def engine(tensor=1, lora=None, **compilation) -> SimpleNamespace:
+    """A configuration as vLLM's `VllmConfig` has it, as far as `check_engine` looks."""
+    compilation = {"compile_mm_encoder": False, "cudagraph_mm_encoder": False} | compilation
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=tensor),
+        compilation_config=SimpleNamespace(**compilation),
+        lora_config=lora,
+    )
+
+
+TOWER_LORA, TEXT_LORA = (SimpleNamespace(enable_tower_connector_lora=on) for on in (True, False))
+
+
+@pytest.mark.parametrize(
+    "setting, message, all_methods",
+    [
+        ({"tensor": 2}, "tensor parallelism: every rank holds some of the heads", False),
+        ({"compile_mm_encoder": True}, "compile_mm_encoder: a compiled encoder runs no hooks", False),
+        ({"cudagraph_mm_encoder": True}, "cudagraph_mm_encoder: a graph goes past the pruning", True),
+        ({"lora": TOWER_LORA}, "LoRA on the tower or connector", True),
+        ({"lora": TEXT_LORA}, None, False),
+        ({"lora": SimpleNamespace()}, None, False),  # of a vLLM that has no such switch
+        ({}, None, False),
+    ],
+)
+def test_settings_of_the_engine(setting, message, all_methods):
+    for options, refused in ((READS_TOWER, message is not None), (UNIFORM, all_methods)):
+        parsed = Pruning.parse(options, CLIP)
+        if refused:
+            with pytest.raises(ConfigError, match=f"{parsed.method.name} does not go with {message}.*switch it off"):
+                check_engine(parsed, engine(**setting))
+        else:
+            check_engine(parsed, engine(**setting))
+
+
+def test_a_method_that_reads_the_projector_reads_the_encoder():
+    class Projects(Reducer):
+        needs_projector = True
+
+    reads = SimpleNamespace(reducer=Projects(), method=SimpleNamespace(name="projects"))
+    with pytest.raises(ConfigError, match="projects does not go with tensor parallelism"):
+        check_engine(reads, engine(tensor=2))
+
+
+# ------------------------------------------------------------------------------- what imports vLLM, over stand-ins
+class Stock:
+    """A model or processor of vLLM's, as far as it is built here."""
+
+    def __init__(self, *, vllm_config, prefix=""):
+        self.served = vllm_config, prefix
+        self.visual = SimpleNamespace(attn_backend=getattr(vllm_config, "backend", ""))
+
+
+def model_config(option=None, embeds=False, pruned_videos=True, **more) -> SimpleNamespace:
+    vision = SimpleNamespace(depth=32, num_heads=16)
+    multimodal = SimpleNamespace(
+        mm_processor_kwargs=None, enable_mm_embeds=embeds, is_multimodal_pruning_enabled=lambda: pruned_videos
+    )
+    hf_config = SimpleNamespace(vision_config=vision, **({} if option is None else {OPTION: option}))
+    return SimpleNamespace(hf_config=hf_config, multimodal_config=SimpleNamespace(**{**vars(multimodal), **more}))
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Modules of vLLM with the names ours import, and a way to import ours once more; both go after the test."""
+    ours = "prune.adapters.vllm."
+    processors = SimpleNamespace(BaseMultiModalProcessor=type("Base", (), {}), PromptReplacement=None)
+    qwen = {f"Qwen2_5_VL{name}": type(name, (), {}) for name in ("ProcessingInfo", "DummyInputsBuilder")}
+    qwen["Qwen2_5_VLMultiModalProcessor"] = type("Processor", (processors.BaseMultiModalProcessor,), {})
+    models = SimpleNamespace(
+        qwen2_5_vl=SimpleNamespace(Qwen2_5_VLForConditionalGeneration=Stock, **qwen),
+        llava=SimpleNamespace(LlavaForConditionalGeneration=Stock),
+    )
+    registry = SimpleNamespace(register_processor=lambda *args, **kwargs: lambda model: model)
+    for name, module in {
+        "multimodal": SimpleNamespace(MULTIMODAL_REGISTRY=registry),
+        "multimodal.inputs": SimpleNamespace(MultiModalFieldConfig=None),
+        "multimodal.processing": processors,
+        "model_executor.models": models,
+        "model_executor.models.qwen2_5_vl": models.qwen2_5_vl,
+        "model_executor.models.llava": models.llava,
+    }.items():
+        monkeypatch.setitem(sys.modules, f"vllm.{name}", module)
+    before = {name for name in sys.modules if name.startswith(ours)}
+    yield lambda module: import_module(ours + module)
+    for name in {name for name in sys.modules if name.startswith(ours)} - before:
+        del sys.modules[name]
+        vars(sys.modules[ours[:-1]]).pop(name.removeprefix(ours), None)
+
+
+def test_embeddings_from_outside_are_refused(vllm):
+    pruning_of = vllm("processing").pruning_of
+    served = lambda config: CLIP  # noqa: E731
+    assert pruning_of(model_config(UNIFORM), served) == Pruning.parse(UNIFORM, CLIP)
+    assert pruning_of(model_config(embeds=True), served) is None
+    with pytest.raises(ConfigError, match="does not go with enable_mm_embeds"):
+        pruning_of(model_config(UNIFORM, embeds=True), served)
+    for option in (None, UNIFORM):
+        with pytest.raises(ConfigError, match="prune_keep is for requests"):
+            pruning_of(model_config(option, mm_processor_kwargs={"prune_keep": 3}), served)
+
+
+def test_settings_that_qwen_is_refused_under(vllm):
+    model = vllm("qwen2_5_vl").PrunedQwen2_5_VL
+    reads = {"method": "vispruner", "score": "received", "ratio": 0.5}
+
+    def start(speculative=None, backend="FLASH_ATTN", option=reads, **more):
+        return model(
+            vllm_config=SimpleNamespace(
+                **vars(engine()),
+                model_config=model_config(option, **more),
+                speculative_config=speculative,
+                backend=backend,
+            )
+        )
+
+    for message, setting in {
+        "needs --video-pruning-rate 0.5 too": {"pruned_videos": False},
+        "does not go with speculative decoding": {"speculative": "eagle"},
+        "vispruner does not go with FlashInfer": {"backend": "FLASHINFER"},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            start(**setting)
+        assert start(**setting, option=None)._pruner is None  # a server that does not prune
+    with pytest.raises(AttributeError, match="spatial_merge_size"):  # past all refusals, at what the stand-in has not
+        start()
+
+
+@pytest.mark.parametrize("name", guard.STOCK)
+def test_where_our_class_does_not_fit_vllm_serves_its_own(vllm, monkeypatch, name):
+    module, _ = guard.STOCK[name]
+    if module == "qwen2_5_vl":  # llava's stand-in lacks a name anyway
+        monkeypatch.delattr(sys.modules["vllm.multimodal"], "MULTIMODAL_REGISTRY")
+    with pytest.warns(UserWarning, match=r"not fit this vLLM \(ImportError: cannot import .*served as without it"):
+        model = getattr(guard, name)
+    assert issubclass(model, Stock) and model.__name__ == "Stock"
+    plain = SimpleNamespace(model_config=model_config())
+    assert model(vllm_config=plain, prefix="x").served == (plain, "x")
+    with pytest.raises(ConfigError, match="does not work in this vLLM .*install another version"):
+        model(vllm_config=SimpleNamespace(model_config=model_config(UNIFORM)))
+
+
+def test_where_our_class_fits_it_serves(vllm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guard.PrunedQwen2_5_VL is vllm("qwen2_5_vl").PrunedQwen2_5_VL
+    with pytest.raises(AttributeError, match="no attribute 'PrunedGemma'"):
+        guard.PrunedGemma  # noqa: B018
 
 
 # ------------------------------------------------------------------------------------------------------- tokens

@@ -332,6 +332,12 @@ ROWS = {
     "loud then fold": Row(lambda: LoudThenFold(), {"keep": 5}),
     "fold and restore": Row(lambda: Folds(), options={"restore": True, "proportional": False}),
     "rebuild": Row(lambda: Spread(), options={"restore": True}),
+    "tome": Row(lambda: "tome"),
+    "expedit": Row(lambda: "expedit", options={"layer": 1, "restore": True}),
+    "ficoco": Row(lambda: "ficoco", options={"variant": "v", "layers": (1, 3)}),
+    "bat": Row(lambda: "bat", options={"layers": (1, 2)}),
+    "flowcut": Row(lambda: "flowcut", options={"encoder": "inside", "layer": None}),
+    "index_preserving": Row(lambda: "index_preserving", options={"scorer": "contrast", "restore": True}),
 }
 
 
@@ -340,8 +346,11 @@ def takes_masks(name: str) -> bool:
     return find_vit(shared(name)).blocks[0].mask_argument is not None
 
 
+@cache
 def needs_masks(row: str) -> bool:
-    return row.startswith(("fold", "loud")) and ROWS[row].options.get("proportional") is not False
+    """Whether it pads, or has attention count sizes, which attention without a mask cannot."""
+    with ROWS[row].attach(shared("timm")) as handle:
+        return handle._engine.masks
 
 
 def kept_of(handle: Handle) -> list[list[int]]:

@@ -42,9 +42,10 @@ class VFlowOpt(Reducer):
     for every `cell` x `cell` square an image has room for; per square of the grid, what is dropped is averaged with the
     importance as weight and put back at the square's most important dropped token.
 
-    All of it was found by the authors by Bayesian search for three budgets (`PRESETS`, LLaVA-OneVision). A final count
-    equal to one of theirs gives exactly its counts, others interpolate linearly in the final share. `threshold` and
-    `cell` do not: every image takes those of the preset whose first cut leaves the most similar share.
+    All of it was found by the authors by Bayesian search for three budgets (`PRESETS`, LLaVA-OneVision); `prune tune
+    vflowopt` is that search for any model and budget. A final count equal to one of theirs gives exactly its counts,
+    others interpolate linearly in the final share. `threshold` and `cell` do not: every image takes those of the preset
+    whose first cut leaves the most similar share.
 
     Where paper, authors' code and we differ:
         - a tile in which no patch is important has the attention received from all of them; the code has NaN;
@@ -63,6 +64,8 @@ class VFlowOpt(Reducer):
 
     Args:
         layers: the two decoder layers in front of which the later cuts are. None: 9 and 18 of 28, or as deep elsewhere.
+        shares: what the first and the second cut leave of the tokens they see, each in (0, 1], but never less than the
+            final count; the third cut leaves that. None: as the presets, see above.
         cell: side of the squares in tokens, at least 1; None takes the nearest preset's.
         threshold: what makes a patch important, at least 0; None takes the nearest preset's. In a tile of fewer patches
             (the presets have 29 to 39, SigLIP's tiles 729) none can receive that much.
@@ -83,16 +86,26 @@ class VFlowOpt(Reducer):
     compat: bool = False
     newlines: bool = False
     threshold: float | None = None
+    shares: tuple[float, float] | None = None
 
     name = "vflowopt"
     title = "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization"
     arxiv = "2508.05211"
     merges = True
+    search = {
+        "shares.0": (0.1, 1.0),
+        "shares.1": (0.1, 1.0),
+        "threshold": (0.0, 50.0),
+        "cell": (3.0, 24.0),
+        "alpha": (-1.0, 1.0),
+    }
 
     def __post_init__(self):
         if self.layers is not None:
             if not ascending(self.layers) or len(self.layers) > 2:
                 raise ConfigError(f"layers={self.layers} must be one or two ascending numbers >= 1, such as (9, 18)")
+        if self.shares is not None and not all(0 < share <= 1 for share in self.shares):
+            raise ConfigError(f"shares={self.shares!r} must be two numbers in (0, 1], such as (0.265, 0.983)")
         if self.cell is not None and not self.cell >= 1:
             raise ConfigError(f"cell={self.cell!r} must be at least 1, or None")
         if not math.isfinite(self.alpha):
@@ -110,7 +123,7 @@ class VFlowOpt(Reducer):
 
     def plan(self, geometry: Geometry, keep: int) -> tuple[Stage, ...]:
         layers = self.layers or scale_layers(LAYERS, OF, geometry.layers)
-        counts = stage_counts(geometry.visual_tokens, keep)
+        counts = stage_counts(geometry.visual_tokens, keep, self.shares)
         later = replace(self, recycle=False)
         return (
             Stage(Site.parse("projected"), self, counts[0]),
@@ -158,13 +171,21 @@ def nearest_preset(keep: Sequence[int], mask: Tensor) -> Tensor:
     return (share[:, None] - firsts).abs().argmin(1)
 
 
-def stage_counts(n: int, keep: int) -> tuple[int, int, int]:
-    """Tokens of `n` left over after the three cuts, the last one being `keep`."""
+def left(n: int, share: float) -> int:
+    """Tokens a cut leaves of `n` that retains this share."""
+    return n - round(n * (1 - share))
+
+
+def stage_counts(n: int, keep: int, shares: tuple[float, float] | None = None) -> tuple[int, int, int]:
+    """Tokens of `n` left over after the three cuts, the last one being `keep`; `shares` as the option of that name."""
+    if shares is not None:
+        one = max(keep, left(n, shares[0]))
+        return one, max(keep, left(one, shares[1])), keep
     curve = [(0.0, 0.0, 0.0)]
     for _, (first, second, third) in PRESETS:
-        one = n - round(n * (1 - first))
-        two = one - round(one * (1 - second))
-        if keep == two - round(two * (1 - third)):
+        one = left(n, first)
+        two = left(one, second)
+        if keep == left(two, third):
             return one, two, keep
         curve.append((first * second * third, first, first * second))
     curve.append((1.0, 1.0, 1.0))

@@ -23,6 +23,8 @@ SCORES = {"cls": Tower("cls_attention"), "received": Tower("received_attention",
 
 STORED = 4096
 """Up to so many tokens the cosines of all pairs are kept; beyond, they are computed anew every round, in chunks."""
+HELD = 1 << 24
+"""Cosines worked on at a time, 64 MiB of fp32: whole images, at least one."""
 
 
 @register
@@ -182,12 +184,15 @@ def even_cosines(x: Tensor, group: Tensor) -> Tensor:
     that equals it bit by bit, and equal tokens have the plain product, as in `nearest`. O(N^2 D) once, where `nearest`
     passes over `x` every round.
     """
-    first, products = first_equal(x), cosines(x, x)
-    products = torch.maximum(products, products.mT)
-    rows = first[:, :, None].expand_as(products)
-    products = products.gather(1, rows).gather(2, rows.mT)
-    products = torch.where(first[:, :, None] == first[:, None], dot(x, x)[:, None], products)
-    return products.masked_fill_(group[:, :, None] != group[:, None], -torch.inf)
+    out, few = x.new_empty(*x.shape[:2], x.shape[1]), max(1, HELD // max(1, x.shape[1] ** 2))
+    for part, theirs, held in zip(x.split(few), group.split(few), out.split(few)):
+        first, products = first_equal(part), cosines(part, part)
+        products = torch.maximum(products, products.mT)
+        rows = first[:, :, None].expand_as(products)
+        products = products.gather(1, rows).gather(2, rows.mT)
+        products = torch.where(first[:, :, None] == first[:, None], dot(part, part)[:, None], products)
+        held.copy_(products.masked_fill_(theirs[:, :, None] != theirs[:, None], -torch.inf))
+    return out
 
 
 def nearest(x: Tensor, targets: Tensor, group: Tensor) -> Tensor:

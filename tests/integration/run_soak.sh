@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# 2,000 calls with pruners that come, change and go, from a fresh clone: own virtual environment, CPU only, no hub.
-# PRUNE_SOAK_VENV keeps the environment (made if it is not there); without it a temporary one is made and removed. The
-# argument is the number of calls.
+# 2,000 calls of `generate` with pruners that come, change and go, from a fresh clone: own virtual environment, CPU
+# only, no hub. PRUNE_SOAK_VENV keeps the environment (made if it is not there); without it a temporary one is made and
+# removed. The argument is the number of calls.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
