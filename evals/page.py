@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from prune.evals.cells import LEGEND, Cell, cell, cost_columns, cost_sections, costs, facts, full_cost, remarks
+from prune.evals.report import majority_lines
 from prune.evals.summary import Comparison, Line, share_text
 
 # Of what rows say everything is escaped; the policy forbids scripts and requests on top of that.
@@ -60,7 +61,7 @@ def html_page(
         _paragraph(f"{LEGEND}bold and underlined."),
     ]
     for group, drawn in zip(groups, pictures):
-        parts += [f"<h2>{escape(group.title)}</h2>", _accuracy(group)]
+        parts += [f"<h2>{escape(group.title)}</h2>", _accuracy(group), *map(_paragraph, majority_lines(group))]
         if found := remarks(group):
             parts.append(f'<ul class="remarks">{_each("li", found)}</ul>')
         for title, (_, png) in drawn.items():

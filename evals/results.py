@@ -14,7 +14,8 @@ machine (`measured`, `versions`, `device`). `SCHEMA` is raised whenever the mean
      "status": "ok",                      # or "failed" (see "error"), or "out of reach" (the budget, for this method)
      "error": null,
      "result": {"items": 400, "accuracy": 0.84, "interval": [0.81, 0.87], "scores": [1.0, 0.0, ...],
-                "kinds": {"count": {"items": 67, "accuracy": 0.91}, ...}},
+                "kinds": {"count": {"items": 67, "accuracy": 0.91}, ...},
+                "majority": 0.2},       # what always giving the most frequent answer of each kind would score
      "cost": {"visual_tokens": 144.0,     # all of these: means over the items
               "kept_tokens": 16.0,        # after the last stage
               "average_tokens": 67.2,     # over decoder layers
@@ -27,7 +28,7 @@ machine (`measured`, `versions`, `device`). `SCHEMA` is raised whenever the mean
      "measured": {"prefill_ms": 1.9,      # per item, median over batches: pixels to the first token
                   "decode_ms": 0.4,       # per further token of an item
                   "seconds": 8.1, "finished": "2026-11-23T08:00:00+00:00"},
-     "versions": {"prune": "0.1.0", "torch": "2.15.0", "transformers": "5.23.0", "python": "3.11.2"},
+     "versions": {"prune": "0.1.0", "torch": "2.15.0", "transformers": "5.23.0", ..., "python": "3.11.2"},
      "device": "cpu (x86_64, AVX512, 2 threads)"}
 
 Rows of a task of classes differ in a few fields: "run" has "decided_by" ("head", "zero-shot" or "knn") and no

@@ -329,8 +329,9 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(f"Cells of several devices ({counts}): prefill times are compared within one device only.")
     if counts := _several((row.get("run") or {}).get("batch_size") for row in ran):
         notes.append(f"Cells of several batch sizes ({counts}): prefill times are compared within one of them only.")
-    for package in dict.fromkeys(name for row in ran for name in row.get("versions") or {}):
-        if counts := _several((row.get("versions") or {}).get(package) for row in ran):
+    versions = [row.get("versions") or {} for row in ran]
+    for package in dict.fromkeys(name for found in versions for name in found):
+        if counts := _several(found[package] for found in versions if package in found):  # older rows say less
             notes.append(f"Cells of several versions of {clean(package)} ({counts}): times may differ for that reason.")
     alone = "differences are taken between equal items only, the accuracies are not of the same questions."
     if counts := _several(row["task"].get("items") for row in ran):
