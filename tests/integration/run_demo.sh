@@ -17,6 +17,6 @@ if [ ! -e "$venv/bin/playwright" ]; then
     "$venv/bin/pip" install -e ".[demo]" pytest playwright
 fi
 echo "environment: $(du -sh "$venv" | cut -f1), $SECONDS s"
-"$venv/bin/python" -m pytest -o addopts= -p no:cacheprovider --import-mode=importlib -q tests/test_demo.py
+"$venv/bin/python" -m pytest -o addopts= -o filterwarnings= -p no:cacheprovider --import-mode=importlib -q tests/test_demo.py
 "$venv/bin/python" tests/integration/demo_browser.py "$shots"
 echo "done: $SECONDS s"

@@ -16,6 +16,6 @@ if [ ! -e "$venv/bin/lmms-eval" ]; then
 fi
 export PATH="$venv/bin:$PATH"
 echo "environment: $(du -sh "$venv" | cut -f1), $SECONDS s"
-python -m pytest -o addopts= -p no:cacheprovider --import-mode=importlib -v -s --confcutdir=tests/integration \
+python -m pytest -o addopts= -o filterwarnings= -p no:cacheprovider --import-mode=importlib -v -s --confcutdir=tests/integration \
     tests/integration/lmms_models.py tests/integration/lmms_scenes.py "$@"
 echo "done: $SECONDS s"

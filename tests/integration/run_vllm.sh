@@ -50,7 +50,7 @@ export PRUNE_VLLM_CHECKPOINTS=$work/checkpoints VLLM_CACHE_ROOT=$work/cache PYTH
 mkdir "$PRUNE_VLLM_CHECKPOINTS"
 for file in unpruned llava qwen server; do
     step "vllm_$file.py"
-    "$venv/bin/python" -m pytest -o addopts= -p no:cacheprovider --import-mode=importlib -v -s \
+    "$venv/bin/python" -m pytest -o addopts= -o filterwarnings= -p no:cacheprovider --import-mode=importlib -v -s \
         --confcutdir=tests/integration "tests/integration/vllm_$file.py" "$@" || [ $? = 5 ] # 5: -k left none
 done
 step "done, temporary files: $(du -sh "$work" | cut -f1)"
