@@ -152,7 +152,7 @@ def _check_signals(parts: VitParts, stage: Stage) -> None:
             f"{reducer.name} reads {', '.join(sorted(wanted & OF_ATTENTION))} of the block before {stage.site}, and "
             "there is none; use block>=1"
         )
-    if "attention" in wanted and not parts.cls:
+    if "attention" in wanted and reducer.reads_last and not parts.cls:
         raise UnsupportedMethodError(
             f"{reducer.name} reads the attention of one token, on a vision transformer of CLS, and {parts.family.name} "
             "has none"

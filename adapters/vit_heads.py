@@ -220,7 +220,7 @@ def attention_inputs(block: Captured) -> AttentionInputs:
         valid=block.valid[:, order],
         scale=block.scale,
         sample=torch.arange(batch, device=device),
-        slots=torch.arange(block.prefix - 1, length - 1, device=device).expand(batch, -1),
+        slots=((torch.arange(block.prefix, length, device=device) - 1) % length).expand(batch, -1),
         text_slots=nothing,
         text_mask=nothing.bool(),
         last=torch.full((batch,), length - 1, device=device),

@@ -162,6 +162,8 @@ class Reducer(Method):
         reconstructs: True if the reducer has a `restore` of its own.
         block_reads: which of "q", "k" and "v" it reads of the signal "block"; others are not made where that costs a
             projection, and not priced.
+        reads_last: False if it reads the signal "attention" without the `last` token, which vision transformers without
+            CLS do not have. May be set by an option.
     """
 
     site: str = "projected"
@@ -169,6 +171,7 @@ class Reducer(Method):
     proportional: bool = False
     reconstructs: ClassVar[bool] = False
     block_reads: ClassVar[str] = "qk"
+    reads_last = True
 
     def reduce(self, tokens: VisualTokens, keep: Sequence[int]) -> Reduction:
         """Choose the survivors.

@@ -29,6 +29,7 @@ from prune.registry import method_class
 FILE = Path(prune.__file__).with_name("capabilities.json")
 INSTEAD = (
     {"score": "received"},
+    {"rows": "received"},
     {"pivot": "random"},
     {"space": "here"},
     {"adaptive": False},

@@ -101,6 +101,7 @@ ROWS = (
     Row("script", {}),
     Row("sparsevlm"),
     Row("vatp", {"layer": 1}),
+    Row("vatp", {"layer": 2, "rows": "received"}),
     Row("greedyprune", {"layer": 2, "tau": 0.3}),
     Row("transprune", {"layers": (1, 2, 3)}),
     Row("vflowopt", {"layers": (1, 2), "cell": 2.0}, {"ratio": 0.5}),

@@ -43,6 +43,7 @@ METHODS = [
     ("sparsevlm", {"version": "2.0", "heads": 3}),
     ("vatp", {}),
     ("vatp", {"rows": "text"}),
+    ("vatp", {"rows": "received"}),
     ("greedyprune", {}),
     ("greedyprune", {"tau": 0.2}),
 ]
@@ -740,13 +741,14 @@ def test_two_equally_dense_points_are_decided_by_their_place():
 
 
 # ------------------------------------------------------------------------------------------------ vatp
-@pytest.mark.parametrize("rows", ["last", "text"])
+@pytest.mark.parametrize("rows", ["last", "text", "received"])
 def test_vatp_is_attention_times_length(rows):
     tokens = make([9, 6], [3, 4])
     at, found = tokens.attention, vatp(tokens, rows)
     for b, n in enumerate((9, 6)):
         maps = dense_attention(at, b)
-        slots = [int(at.last[b])] if rows == "last" else at.text_slots[b][tokens.text_mask[b]].tolist()
+        text, image = at.text_slots[b][tokens.text_mask[b]], at.slots[b, :n]
+        slots = {"last": [int(at.last[b])], "text": text.tolist(), "received": image.tolist()}[rows]
         for j in range(n):
             column, expected = int(at.slots[b, j]), 0.0
             for h in range(HEADS):

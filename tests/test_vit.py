@@ -217,6 +217,17 @@ def test_vatp_reads_cls():
         assert kept_of(handle)[row] == score.topk(6).indices.sort().values.tolist()
 
 
+@pytest.mark.parametrize("name", ["SiglipVisionModel", "timm-map", "timm-registers"])
+def test_vatp_reads_what_patches_receive(name):
+    model, prefix = build(name), VITS[name].prefix
+    by_hand = attention_by_hand(model, name, images(), 1)
+    with apply_pruner(model, get_method("vatp", rows="received"), keep=6) as handle:
+        run(name, model, images())
+    for row, (_, _, v, weights) in enumerate(by_hand):
+        score = (weights[:, prefix:, prefix:].mean(1) * v[:, prefix:].abs().sum(-1)).mean(0)
+        assert kept_of(handle)[row] == score.topk(6).indices.sort().values.tolist()
+
+
 def test_grid_is_rows_by_columns():
     model = timm.models.VisionTransformer(**{**TIMM, "img_size": (12, 24)}, dynamic_img_size=True).eval()
     reader = Reads(tower={"pixels": Tower("pixels")})

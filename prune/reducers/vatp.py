@@ -29,16 +29,17 @@ class VATP(Scorer):
 
     Where we differ from the authors' code:
         - visual tokens are dropped for all later layers, instead of masking cache entries of each head;
-        - attention is that of the prompt's last token (or of all text after the image, `rows="text"`), not sums over
-          all queries and over decoding;
+        - attention is that of the prompt's last token (or of all text after the image, `rows="text"`, or of the image
+          itself, `rows="received"`), not sums over all queries and over decoding;
         - grouped-query attention: every query head weighs with the value of the key head it reads;
         - the first 20 tokens need no protection: what stands before the image is never dropped.
 
-    Cost: O((N + T) H d) for `rows="last"`, T times that for "text". Signal: attention.
+    Cost: O((N + T) H d) for `rows="last"`, T times that for "text" and N times for "received". Signal: attention.
 
     Args:
         layer: the first decoder layer that sees the kept tokens only (FastV's 2).
-        rows: "last" (prompt token) or "text" (mean over all text tokens after the image).
+        rows: "last" (prompt token; CLS in a vision transformer), "text" (mean over all text tokens after the image) or
+            "received" (mean over the image's own tokens, for which vision transformers need no CLS).
 
     Raises:
         ConfigError: an option is out of range.
@@ -60,8 +61,9 @@ class VATP(Scorer):
             raise ConfigError(
                 f"layer={self.layer!r} must be a whole number >= 1: attention comes from the layer before"
             )
-        if self.rows not in ("last", "text"):
-            raise ConfigError(f"rows={self.rows!r} must be 'last' or 'text'")
+        if self.rows not in ("last", "text", "received"):
+            raise ConfigError(f"rows={self.rows!r} must be 'last', 'text' or 'received'")
+        self.needs_question = self.reads_last = self.rows != "received"
 
     @property
     def site(self) -> str:
@@ -71,7 +73,7 @@ class VATP(Scorer):
         return vatp(tokens, self.rows)
 
     def selection_flops(self, geometry: Geometry, keep: int) -> int:
-        rows = 1 if self.rows == "last" else geometry.text_tokens
+        rows = {"last": 1, "text": geometry.text_tokens, "received": geometry.visual_tokens}[self.rows]
         return 2 * rows * (geometry.visual_tokens + geometry.text_tokens) * geometry.heads * geometry.head_dim
 
 
@@ -79,9 +81,14 @@ def vatp(tokens: VisualTokens, rows: str) -> Tensor:
     """`[B, N]` fp32: mean over heads of attention times the L1 norm of the value; see `VATP`."""
     at = tokens.attention
     last = at.last[at.sample][:, None]
-    slots, counted = (last, torch.ones_like(last).bool()) if rows == "last" else (at.text_slots, at.text_mask)
+    slots, counted = {
+        "last": (last, torch.ones_like(last).bool()),
+        "text": (at.text_slots, at.text_mask),
+        "received": (at.slots, tokens.mask),
+    }[rows]
     keys, valid = at.keys[at.sample], at.valid[at.sample]
-    seen = head_attention(take(at.queries[at.sample], slots), keys, at.scale, slots, counted, valid, at.slots)
+    until = slots if at.causal else torch.full_like(slots, keys.shape[1] - 1)
+    seen = head_attention(take(at.queries[at.sample], slots), keys, at.scale, until, counted, valid, at.slots)
     norm = torch.linalg.vector_norm(take(at.values[at.sample], at.slots), ord=1, dim=-1, dtype=torch.float32)
     norm = norm.transpose(1, 2).repeat_interleave(seen.shape[1] // norm.shape[2], 1)
     return (seen * norm).mean(1)
