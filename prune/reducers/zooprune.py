@@ -70,8 +70,8 @@ class ZooPrune(Reducer):
     positions = "compact"
 
     def __post_init__(self):
-        if self.directions < 1:
-            raise ConfigError(f"directions={self.directions!r} must be a whole number >= 1")
+        if not 1 <= self.directions < 2**16:
+            raise ConfigError(f"directions={self.directions!r} must be a whole number from 1 to 65535")
         if self.step is not None and not self.step > 0:
             raise ConfigError(f"step={self.step!r} must be None or > 0")
         if self.estimator not in ("fd", "jvp"):
