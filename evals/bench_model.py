@@ -148,27 +148,29 @@ def model(
         try:
             net = each.build(scale, kind, device)
         except torch.OutOfMemoryError:
-            rows.append(Row(each.name, scale, 0, dtype, "0", FULL, 0, note="out of memory"))
-            if csv:
-                write_csv(csv, [asdict(row) | setting(device) for row in rows])
-            Console(width=WIDTH).print(table(rows[-1:], device))
+            record(rows, [Row(each.name, scale, 0, dtype, "0", FULL, 0, note="out of memory")], csv, as_json, device)
             continue
         for size in batch:
             for text, share in shares.items():
                 group = measure(net, each, scale, size, text, share, names, rounds, steps)
-                rows += group
-                if csv:
-                    write_csv(csv, [asdict(row) | setting(device) for row in rows])
-                if as_json:
-                    for row in group:
-                        print(json.dumps(asdict(row)), flush=True)
-                else:
-                    Console(width=WIDTH).print(table(group, device))
+                record(rows, group, csv, as_json, device)
         del net
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     if plots:
         draw([asdict(row) | setting(device) for row in rows], Path(plots))
+
+
+def record(rows: list[Row], group: list[Row], csv: str, as_json: bool, device: str) -> None:
+    """Add a group to the rows, write the file anew, and show the group."""
+    rows += group
+    if csv:
+        write_csv(csv, [asdict(row) | setting(device) for row in rows])
+    if as_json:
+        for row in group:
+            print(json.dumps(asdict(row)), flush=True)
+    else:
+        Console(width=WIDTH).print(table(group, device))
 
 
 # ------------------------------------------------------------------------------------------------------ measuring

@@ -12,7 +12,7 @@ from prune.config import PrunerConfig
 from prune.errors import ConfigError, PruneError
 from prune.evals.grid import fitted
 from prune.method import option_names
-from prune.options import parse_options
+from prune.options import hints_of, parse_options
 from prune.registry import method_class
 
 LAYERS = ("layer", "layers")  # options that count decoder layers
@@ -44,7 +44,7 @@ def search_space(
             to search.
     """
     cls, fixed, given = method_class(name), dict(fixed or {}), dict(given or {})
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     known = option_names(cls)
     for key in (*fixed, *given):
         if (option := key.partition(".")[0]) not in known:

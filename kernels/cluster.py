@@ -54,9 +54,7 @@ def density_peaks(
             d = torch.baddbmm(length[:, None], x[:, span], x.mT, alpha=-2).add_(length[:, span, None])
         d = d.clamp_(min=0).sqrt_()
         if len(spans) == 1:
-            d = torch.maximum(d, d.mT)
-            rows = first[:, :, None].expand_as(d)
-            d = d.gather(1, rows).gather(2, rows.mT)  # equal points are equally far from all others
+            d = evened(d, first)  # equal points are equally far from all others
         d.masked_fill_(first[:, span, None] == first[:, None], 0).masked_fill_(~mask[:, None], torch.inf)
         if len(spans) == 1:
             held[span.start] = d
@@ -97,3 +95,14 @@ def first_equal(x: Tensor) -> Tensor:
     start = torch.where(begins, place, 0).cummax(1).values
     first = torch.empty_like(order).scatter_(1, order, order.gather(1, start))
     return torch.where((x.gather(1, first[..., None].expand_as(x)) == x).all(-1), first, place)
+
+
+def evened(pairs: Tensor, first: Tensor) -> Tensor:
+    """`pairs` `[B, N, N]` of a matrix product, which sums in any order, with equal bits where rows are equal.
+
+    Made symmetric, and a row has what the first one that equals it has; `first` is that of `first_equal`. Pairs of
+    equal rows are left to the caller.
+    """
+    pairs = torch.maximum(pairs, pairs.mT)
+    rows = first[:, :, None].expand_as(pairs)
+    return pairs.gather(1, rows).gather(2, rows.mT)

@@ -55,17 +55,18 @@ def check_types(cls: type[Method], options: Mapping[str, object]) -> None:
     Raises:
         ConfigError: names the option and what it must be.
     """
-    hints = _hints(cls)  # type: ignore[arg-type]  # mypy takes the hash of instances for that of the class
+    hints = hints_of(cls)  # type: ignore[arg-type]  # mypy takes the hash of instances for that of the class
     for name, value in options.items():
         if name in hints and not _fits(value, hints[name]):
             raise ConfigError(f"{cls.name}: {name}={value!r:.80} must be {_words(hints[name])}")
 
 
 @lru_cache
-def _hints(cls: type) -> dict[str, object]:
+def hints_of(cls: type) -> dict[str, typing.Any]:
+    """The annotations of a class, made once; none if one of them exists for the type checker only."""
     try:
         return typing.get_type_hints(cls)
-    except Exception:  # names that exist for the type checker only
+    except Exception:  # whatever evaluating somebody's annotation raises
         return {}
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from prune import learned_scorer
 from prune.errors import ConfigError, UnknownMethodError
 from prune.method import Method
+from prune.options import hints_of
 from prune.registry import method_class
 
 WEIGHTS = {learned_scorer.CONFIG: 2**16, learned_scorer.WEIGHTS: learned_scorer.LIMIT}  # files of a folder, bytes
@@ -27,12 +28,8 @@ WEIGHTS = {learned_scorer.CONFIG: 2**16, learned_scorer.WEIGHTS: learned_scorer.
 def _networks(cls: type[Method]) -> dict[str, tuple[str, ...]]:
     """Options of a method that may be a network, each with the texts that are not folders: its default, and choices in
     `search` or in a `Literal`."""
-    try:
-        hints = typing.get_type_hints(cls)
-    except Exception:  # names that exist for the type checker only
-        return {}
-    found = {}
-    for option in fields(cls):  # type: ignore[arg-type]
+    hints, found = hints_of(cls), {}  # type: ignore[arg-type]  # as in `prune.options`
+    for option in fields(cls) if hints else ():  # type: ignore[arg-type]
         parts = typing.get_args(hints[option.name]) or (hints[option.name],)
         if not any(isinstance(part, type) and issubclass(part, nn.Module) for part in parts):
             continue

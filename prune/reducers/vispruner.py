@@ -11,7 +11,7 @@ from torch import Tensor
 from prune.budget import Geometry
 from prune.errors import ConfigError
 from prune.kernels import dot, topk_indices, unit
-from prune.kernels.cluster import first_equal
+from prune.kernels.cluster import evened, first_equal
 from prune.kernels.compaction import take
 from prune.kernels.tiles import group_rank, group_sum, tile_groups, tile_shares
 from prune.method import Reducer
@@ -180,16 +180,13 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 def even_cosines(x: Tensor, group: Tensor) -> Tensor:
     """All cosines `[B, N, N]` of rows of length 1, with -inf between groups, such that equal pairs have equal bits.
 
-    A matrix product does not promise that. So its result is made symmetric, a token has the cosines of the first one
-    that equals it bit by bit, and equal tokens have the plain product, as in `nearest`. O(N^2 D) once, where `nearest`
-    passes over `x` every round.
+    The matrix product is `evened`, and equal tokens have the plain product, as in `nearest`. O(N^2 D) once, where
+    `nearest` passes over `x` every round.
     """
     out, few = x.new_empty(*x.shape[:2], x.shape[1]), max(1, HELD // max(1, x.shape[1] ** 2))
     for part, theirs, held in zip(x.split(few), group.split(few), out.split(few)):
-        first, products = first_equal(part), cosines(part, part)
-        products = torch.maximum(products, products.mT)
-        rows = first[:, :, None].expand_as(products)
-        products = products.gather(1, rows).gather(2, rows.mT)
+        first = first_equal(part)
+        products = evened(cosines(part, part), first)
         products = torch.where(first[:, :, None] == first[:, None], dot(part, part)[:, None], products)
         held.copy_(products.masked_fill_(theirs[:, :, None] != theirs[:, None], -torch.inf))
     return out
