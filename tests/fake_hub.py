@@ -1,5 +1,7 @@
 """A Hugging Face hub on the loopback interface, as far as `huggingface_hub` needs it, and a client in its own process.
 
+Models are repositories by their names; a dataset's key has `datasets/` before the name. Datasets are read only.
+
 The client is a fresh process because `huggingface_hub` reads its environment variables, `HF_ENDPOINT` first, when it is
 imported: nothing of it is patched.
 """
@@ -15,8 +17,9 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from unittest import mock
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -122,15 +125,18 @@ class Handler(BaseHTTPRequestHandler):
             return self.large(parts[1], body)
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             return self.model("/".join(parts[2:4]), parts[4:], body)
+        if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+            return self.tree("/".join(parts[1:4]), parts[4:], body)
         if parts[-4:] == ["info", "lfs", "objects", "batch"]:
             return self.batch(json.loads(body))
-        if len(parts) > 4 and parts[2] == "resolve":
-            return self.resolve("/".join(parts[:2]), parts[3:])
+        owner = 3 if parts[0] == "datasets" else 2
+        if len(parts) > owner + 2 and parts[owner] == "resolve":
+            return self.resolve("/".join(parts[:owner]), parts[owner + 1 :])
         self.answer(404, {"error": f"no route {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-    def answer(self, status: int, content: dict | bytes = b"", **headers: str) -> None:
+    def answer(self, status: int, content: dict | list | bytes = b"", **headers: str) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -198,11 +204,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def model(self, name: str, rest: list[str], body: bytes) -> None:
         action, revision = rest[0] if rest else "revision", "/".join(rest[1:]) or "main"
+        if action in ("revision", "tree"):
+            return self.tree(name, rest, body)
         if (found := self.repo(name, "main" if action == "branch" else revision)) is None:
             return None
         repo, commit = found
-        if action == "revision":
-            return self.answer(200, {"id": name, "sha": commit, "siblings": [], "tags": []})
         if not self.known:
             return self.answer(401, {"error": "Invalid username or password."})
         if action == "branch":
@@ -235,6 +241,26 @@ class Handler(BaseHTTPRequestHandler):
         sha = repo.commit("refs/pr/1" if request else revision, changes)
         done = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"}
         self.answer(200, done | ({"pullRequestUrl": f"{self.hub.url}/{name}/discussions/1"} if request else {}))
+
+    def tree(self, name: str, rest: list[str], body: bytes) -> None:
+        """The commit of a revision with its files; or those under a path, or of those names, with their sizes."""
+        action, *place = rest or ["revision"]
+        cut = len(place) if action == "revision" else 3 if place[0] == "refs" else 1
+        if (found := self.repo(name, "/".join(place[:cut]) or "main")) is None:
+            return
+        files, under = found[0].commits[found[1]], "".join(f"{part}/" for part in place[cut:])
+        if action == "revision":
+            siblings = [{"rfilename": path} for path in sorted(files)]
+            name = name.removeprefix("datasets/")
+            return self.answer(200, {"id": name, "sha": found[1], "siblings": siblings, "tags": []})
+        wanted = parse_qs(body.decode()).get("paths", []) if action == "paths-info" else files
+        listed = sorted(path for path in files if path in wanted and path.startswith(under))
+        folders = {str(folder) for path in listed for folder in PurePosixPath(path[len(under) :]).parents} - {"."}
+        entries = [
+            {"type": "file", "path": path, "size": len(files[path]), "oid": git_oid(files[path])} for path in listed
+        ]
+        entries += [{"type": "directory", "path": under + folder, "oid": git_oid(b"")} for folder in sorted(folders)]
+        self.answer(200 if entries or not under else 404, entries)
 
     def resolve(self, name: str, rest: list[str]) -> None:
         owner = self.hub.repos.get(name, Repo())

@@ -4,14 +4,14 @@ run; `python tests/test_docs_blocks.py` counts them.
 Python blocks of a page run in order, in one namespace and one empty folder with a photo.jpg in it. Two things differ
 from what a reader has: hub names stand for small untrained models of the same family, and names that a page does not
 define (`GIVEN`, and what `prune` exports) are given. A statement that throws its handle away stands for itself, so the
-pruner is taken off behind it. What cannot run anywhere (because it needs vLLM, or a GPU) has
-`<!-- not executed: why -->` in the line above: then imports, names and keywords are checked against real signatures.
-`<!-- executed apart: how -->` has a test of its own.
+pruner is taken off behind it. A block with `<!-- executed apart: how -->` in the line above has a test of its own; here
+its imports, names and keywords are checked against real signatures.
 
-Of shell blocks, `prune` commands that are short and need no network are run. Our other commands are parsed with the
-real parser, so that an option that does not exist is found. Of other programs' commands we check what is ours: files,
-extras, entry points, model ids, tasks, and what our plug-ins are told; of vLLM's and lmms-eval's options, that the
-integration tests give them too. The same goes for commands in sentences.
+Shell blocks are all run by `tests/integration/run_docs.sh`, which takes an hour and several virtual environments. Here
+`prune` commands that are short and need no network are run. Our other commands are parsed with the real parser, so that
+an option that does not exist is found. Of other programs' commands we check what is ours: files, extras, entry points,
+model ids, tasks, and what our plug-ins are told; of vLLM's and lmms-eval's options, that the integration tests give
+them too. The same goes for commands in sentences.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PHOTO = "photo.jpg"
 DEPTH = 32  # layers of the stand-ins, as in the models they stand for
-_FENCE = re.compile(r"^(?:<!-- (not executed|executed apart): .+? -->\n)?```(\w*)[^\n]*\n(.*?)^```$", re.S | re.M)
+_FENCE = re.compile(r"^(?:<!-- (executed apart): .+? -->\n)?```(\w*)[^\n]*\n(.*?)^```$", re.S | re.M)
 _PROGRAMS = ("prune", "python", "pip", "bash", "accelerate", "lmms-eval", "vllm", "pytest", "ruff", "hf", "mkdocs")
 _AT_ONCE = ("list", "show", "env", "report")  # commands of `prune`; others are short if they are told so
 _LIMITS = ("--limit", "--items", "--help")
@@ -58,13 +58,15 @@ class Block:
     mark: str = ""
 
     @property
-    def commands(self) -> list[list[str]]:
+    def lines(self) -> list[str]:
         """The command lines in a block without a language of its own; none if it shows output."""
         if self.language not in ("", "sh", "bash", "text"):
             return []
-        lines = self.code.replace("\\\n", " ").splitlines()
-        parts = [part for line in lines if _is_command(line) for part in re.split(r"&&|\|", line)]
-        return [_words(part) for part in parts]
+        return [line for line in self.code.replace("\\\n", " ").splitlines() if _is_command(line)]
+
+    @property
+    def commands(self) -> list[list[str]]:
+        return [_words(part) for line in self.lines for part in re.split(r"&&|\|", line)]
 
 
 def _is_command(line: str) -> bool:
@@ -112,7 +114,7 @@ def test_blocks(page, stand_ins, monkeypatch, tmp_path):
         elif block.language == "toml" and importlib.util.find_spec("tomllib"):  # Python 3.11 has it
             importlib.import_module("tomllib").loads(block.code)
         for words in block.commands:
-            command(words, where, execute=not block.mark and is_run(words))
+            command(words, where, execute=is_run(words))
 
 
 def test_blocks_of_the_method_pages(stand_ins):
@@ -138,7 +140,8 @@ def test_blocks_of_the_method_pages(stand_ins):
 
 def test_the_block_that_needs_a_hub(monkeypatch, tmp_path):
     """In a process of its own: `huggingface_hub` reads its settings when it is imported."""
-    assert [block.page for page in PAGES for block in blocks(page) if block.mark == "executed apart"] == ["docs/hub.md"]
+    apart = [block.page for page in PAGES for block in blocks(page) if block.mark]
+    assert apart == ["docs/hub.md", "docs/vllm.md"]  # vLLM's: run_docs.sh
     monkeypatch.setattr(fake_hub, "USER", "user")
     hub, name, file = fake_hub.FakeHub(), "user/my-pruner", "pruner_config.json"
     old = {"schema": 1, "method": "divprune", "options": {}, "budget": {"keep": 16}}
@@ -174,7 +177,7 @@ def on_hub(folder: str) -> list[tuple[str, float]]:
         return handle
 
     prune.apply_pruner = watched
-    (block,) = [block for block in blocks("docs/hub.md") if block.mark == "executed apart"]
+    (block,) = [block for block in blocks("docs/hub.md") if block.mark]
     run(block, {"model": demo.load_demo("llava")[0]})
     return attached
 
@@ -351,7 +354,9 @@ def stand_ins(monkeypatch):
     def of(name: str):
         kinds = {"llava-1.5": "llava", "llava-v1.6": "llava-next", "Qwen2.5-VL": "qwen2.5-vl"}
         (kind,) = [kind for part, kind in kinds.items() if part in name] or [None]
-        assert kind, f"nothing stands for {name}: put `<!-- not executed: why -->` above the block"
+        assert kind, (
+            f"nothing stands for {name}: give it a test of its own, and put `<!-- executed apart: how -->` above it"
+        )
         if name not in made:
             made[name] = demo.load_demo(kind)
         return made[name]
@@ -615,10 +620,10 @@ if __name__ == "__main__":
         count: Counter[str] = Counter()
         for block in found:
             if block.language == "python":
-                count["Python, checked" if block.mark == "not executed" else "Python, run"] += 1
+                count["Python, run apart" if block.mark else "Python, run"] += 1
             count.update({f"{block.language}, parsed": block.language in ("json", "toml")})
             for words in block.commands:
-                count["command, run" if not block.mark and is_run(words) else "command, checked"] += 1
+                count["command, run" if is_run(words) else "command, checked; run by run_docs.sh"] += 1
         total += count
         print(f"{page}: {', '.join(f'{n} {kind}' for kind, n in count.items() if n)}")
     print(f"all: {', '.join(f'{n} {kind}' for kind, n in total.items() if n)}")

@@ -1,0 +1,82 @@
+"""What the hub of the tests has under the names that README and docs/ use: small untrained models, a few questions."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+from fake_hub import FakeHub
+from PIL import Image
+
+LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
+VIT = "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"
+ASKED = "Is there a house in the picture? Answer yes or no."
+
+
+def fill(hub: FakeHub, served: bool) -> None:
+    """Put it all there. `served`: models that vLLM can run on a CPU, in place of those of `prune show`, and no data."""
+    for name, family, demo in ((LLAVA, "llava", "llava"), (QWEN, "qwen", "qwen2.5-vl")):
+        with tempfile.TemporaryDirectory() as folder:
+            _servable(family, folder) if served else save_demo(demo, folder)
+            hub.put(name, {file.name: file.read_bytes() for file in Path(folder).iterdir()})
+    if served:
+        return
+    hub.put(VIT, {"model.safetensors": _vit(), "config.json": b'{"architecture": "vit_base_patch16_224"}'})
+    asked = [{"question": ASKED, "answer": answer, "category": "existence"} for answer in ("yes", "no") * 3]
+    pictures = [photo(seed) for seed in range(len(asked))]
+    hub.put(
+        "datasets/lmms-lab/POPE",
+        _dataset("default", "test", [{"image": one} | row for one, row in zip(pictures, asked)]),
+    )
+    pairs = [{"question_id": f"existence/{i // 2}.png", "image": pictures[i // 2]} | row for i, row in enumerate(asked)]
+    hub.put("datasets/lmms-lab/MME", _dataset("default", "test", pairs))
+    shown = [{"id": str(i), "image": one} for i, one in enumerate(pictures)]
+    told = [
+        {
+            "id": str(i),
+            "imageId": str(i),
+            "question": row["question"],
+            "answer": row["answer"],
+            "fullAnswer": row["answer"],
+        }
+        for i, row in enumerate(asked)
+    ]
+    images = _dataset("testdev_balanced_images", "testdev", shown)
+    hub.put("datasets/lmms-lab/GQA", images | _dataset("testdev_balanced_instructions", "testdev", told))
+
+
+def photo(seed: int, size: int = 224) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BILINEAR)
+
+
+def save_demo(family: str, folder: str | Path) -> None:
+    """A model of `prune show` and its processor, as `from_pretrained` wants them."""
+    from prune.evals.demo import load_demo
+
+    for one in load_demo(family):
+        one.save_pretrained(folder)
+
+
+def _servable(family: str, folder: str) -> None:
+    from vllm_checkpoints import make
+
+    make(family, Path(folder))
+
+
+def _vit() -> bytes:
+    import timm
+    from safetensors.torch import save
+
+    return save(timm.create_model("vit_base_patch16_224").state_dict())
+
+
+def _dataset(config: str, split: str, rows: list[dict]) -> dict[str, bytes]:
+    """Files of a dataset with one configuration; those of several can be put together."""
+    table = datasets.Dataset.from_list(rows)
+    file = io.BytesIO()
+    table.to_parquet(file)
+    return {f"{config}/{split}-00000-of-00001.parquet": file.getvalue()}
