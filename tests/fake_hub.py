@@ -260,7 +260,9 @@ class Handler(BaseHTTPRequestHandler):
             {"type": "file", "path": path, "size": len(files[path]), "oid": git_oid(files[path])} for path in listed
         ]
         entries += [{"type": "directory", "path": under + folder, "oid": git_oid(b"")} for folder in sorted(folders)]
-        self.answer(200 if entries or not under else 404, entries)
+        if under and not entries:
+            return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+        self.answer(200, entries)
 
     def resolve(self, name: str, rest: list[str]) -> None:
         owner = self.hub.repos.get(name, Repo())

@@ -85,9 +85,10 @@ def one(page: str, block: Block, line: str, venvs: Path, settings: dict, hub: Fa
             serve(line, settings, server)
         else:
             command = ["python", "-P", "-c", line] if python else ["bash", "-euo", "pipefail", "-c", line]
-            status = subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, timeout=LIMIT).returncode
-            if status:
-                raise Failure(f"exit code {status}")
+            said = run(command, settings)
+            for task in re.findall(r"--tasks (\S+)", line)[0].split(",") if line.startswith("lmms-eval") else ():
+                if not re.search(rf"^\|\s*{task}\s*\|.*\d", said, re.M):
+                    raise Failure(f"lmms-eval has no result for {task}")  # whatever its exit code
         asked = {"/".join(path.removeprefix("/api").strip("/").split("/")[-9:]) for _, path in hub.log[seen:]}
         for name in re.findall(r"\b(?:llava-hf|Qwen|lmms-lab)/[\w.-]+", line):
             if not any(name in path for path in asked):
@@ -97,6 +98,19 @@ def one(page: str, block: Block, line: str, venvs: Path, settings: dict, hub: Fa
         outcome = str(failure)
     print(f"{outcome}, {time.monotonic() - start:.0f} s", flush=True)
     return f"{page}, {block.line + 1}", f"{time.monotonic() - start:.0f}", shown.replace("|", "\\|"), outcome
+
+
+def run(command: list[str], settings: dict) -> str:
+    """Run it and show what it prints, which is returned."""
+    with tempfile.TemporaryFile("w+") as file:
+        status = subprocess.run(
+            command, env=settings, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
+        ).returncode
+        file.seek(0)
+        print(said := file.read())
+    if status:
+        raise Failure(f"exit code {status}")
+    return said
 
 
 def variables(hub: FakeHub, home: Path) -> dict[str, str]:
