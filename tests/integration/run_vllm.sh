@@ -39,8 +39,9 @@ _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tenso
         "$venv/bin/python" -c "import torchvision"
     fi
     # The command `vllm` asks for its version under the name of the package whose place this build takes.
-    mkdir "$site/vllm-$VLLM.dist-info"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$VLLM" >"$site/vllm-$VLLM.dist-info/METADATA"
+    # vLLM takes a CPU for its device only where that version says so.
+    mkdir "$site/vllm-$VLLM+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM" >"$site/vllm-$VLLM+cpu.dist-info/METADATA"
     "$venv/bin/pip" install pytest
     touch "$venv/ready-$VLLM"
 fi
