@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prune import Budget, Geometry, apply_pruner, get_method
-from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line, write_csv
+from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line
+from prune.evals.csv_file import write_csv
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 import prune.kernels
 from prune.evals.bench_methods import DTYPES, within
-from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line, write_csv
+from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line
+from prune.evals.csv_file import write_csv
 from prune.kernels.compaction import compact
 from prune.kernels.graph import propagate
 from prune.tokens import Merge, Reduction

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prune.errors import PruneError
-from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line, timed, write_csv
+from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line, timed
+from prune.evals.csv_file import write_csv
 from prune.evals.grid import parse_share
 from prune.evals.naive import BASELINES, choose
 from prune.evals.synthetic import Shape, Synthetic, chain

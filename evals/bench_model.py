@@ -27,7 +27,8 @@ from prune.adapters.structure import find_parts
 from prune.errors import PruneError
 from prune.evals.accounting import Account, account, account_full
 from prune.evals.bench_geometries import GEOMETRIES, TEXT, BenchGeometry
-from prune.evals.bench_paired import quartiles_ms, setting, setting_line, timed, write_csv
+from prune.evals.bench_paired import quartiles_ms, setting, setting_line, timed
+from prune.evals.csv_file import write_csv
 from prune.evals.grid import fitted, parse_share
 from prune.registry import get_method, list_methods
 from prune.report import ImageReport, Layout, Report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 import random
 import statistics
@@ -85,13 +84,3 @@ def setting_line(device: str | torch.device) -> str:
     found = setting(device)
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "transformers") if found[name])
     return f"{found['device']}, {found['threads']} CPU threads; {versions}"
-
-
-def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
-    """One line per row, under a line of names; folders are made, a file that is there is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from prune import apply_pruner
 from prune.evals.bench_engine import DTYPES
-from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line, write_csv
+from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line
+from prune.evals.csv_file import write_csv
 from prune.evals.vision import import_library
 from prune.evals.vit_accounting import account, account_full, vit_parts
 

@@ -5,7 +5,6 @@ A LLaVA in small: CLIP-style tower with CLS, projector, Llama decoder, word toke
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
@@ -155,12 +154,3 @@ def measure(model, processor, size: int = scenes.TEST_ITEMS) -> tuple[list[dict]
             accuracy.append(row | dict(accuracy=round(sum(of_kind) / len(of_kind), 4), majority=round(guess, 4)))
         attention += [dict(scenes=name, **row) for row in cls_coverage(model, processor, items)]
     return accuracy, attention
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Dictionaries of one shape as a CSV file with a header; no rows, no file."""
-    if rows:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)

@@ -24,8 +24,9 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import training_state
+from .csv_file import write_csv
 from .digits import ARCHITECTURE, CHECKPOINT, MEAN, SIDE, STD, Digits, build_digits_vit, drawings, render, to_pixels
-from .scenes_model import write_csv
 
 TURN = 15  # degrees to either side
 ERASED = 0.5  # share of the pictures a rectangle is erased in
@@ -114,18 +115,10 @@ def train(
     size = len(Digits("train")) - len(validation)
     per_epoch = size // batch_size
     steps, step, elapsed, log = epochs * per_epoch, 0, 0.0, []
+    parts = dict(model=model, optimizer=optimizer)
     if resume:
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, elapsed, log = saved["step"], saved["elapsed"], saved["log"]
-
-    def save() -> None:
-        part = state.with_suffix(".part")  # a killed run leaves the last whole file
-        parts = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(dict(**parts, step=step, elapsed=elapsed, log=log), part)
-        part.replace(state)
-        write_csv(state.with_suffix(".csv"), log)
+        log, counters = training_state.load(state, parts)
+        step, elapsed = counters["step"], counters["elapsed"]
 
     sums, before = [0.0, 0.0], time.perf_counter()
     with tqdm(total=steps, initial=step, unit="step", desc="training") as bar:
@@ -152,7 +145,7 @@ def train(
                 log[-1] |= dict(loss=round(sums[0], 4), train=round(sums[1], 4), validation=round(right, 4))
                 bar.set_postfix(loss=f"{sums[0]:.3f}", train=f"{sums[1]:.3f}", validation=f"{right:.3f}")
                 sums = [0.0, 0.0]
-                save()
+                training_state.save(state, parts, log, step=step, elapsed=elapsed)
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half().contiguous() for name, value in model.eval().state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})

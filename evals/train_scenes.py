@@ -22,9 +22,10 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import scenes
+from . import scenes, training_state
+from .csv_file import write_csv
 from .scenes import GRID, SIDE
-from .scenes_model import CHECKPOINT, DECODER, MEAN, STD, TOWER, build_model, build_processor, measure, write_csv
+from .scenes_model import CHECKPOINT, DECODER, MEAN, STD, TOWER, build_model, build_processor, measure
 
 QUESTIONS = 8  # per picture
 BLOCK = 11  # tokens of the longest question and its answer
@@ -243,7 +244,9 @@ def train(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     state: Annotated[Path, typer.Option(help="File to resume from, written every minute.")] = Path("train_scenes.pt"),
-    test_items: Annotated[int, typer.Option(help="Held-out items per level to measure on.")] = scenes.TEST_ITEMS,
+    test_items: Annotated[
+        int, typer.Option(min=12, help="Held-out items per level to measure on.")
+    ] = scenes.TEST_ITEMS,
     resume: Annotated[bool, typer.Option(help="Go on from --state.")] = False,
 ) -> None:
     """Train the model, write its folder, and measure it on the held-out items."""
@@ -259,20 +262,10 @@ def train(
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     step, seen, elapsed, log = 0, 0, 0.0, []
+    parts = dict(model=model, heads=heads, optimizer=optimizer)
     if resume:
-        saved = torch.load(state, map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"].cpu())
-        step, seen, elapsed, log = saved["step"], saved["seen"], saved["elapsed"], saved["log"]
-
-    def save() -> None:
-        parts = dict(model=model.state_dict(), heads=heads.state_dict(), optimizer=optimizer.state_dict())
-        part = state.with_suffix(".part")  # a killed run leaves the last whole file
-        torch.save(dict(**parts, rng=torch.get_rng_state(), step=step, seen=seen, elapsed=elapsed, log=log), part)
-        part.replace(state)
-        write_csv(state.with_suffix(".csv"), log)
+        log, counters = training_state.load(state, parts, device)
+        step, seen, elapsed = counters["step"], counters["seen"], counters["elapsed"]
 
     prefix = torch.tensor(_encode(tokenizer, "USER:"), device=device)
     sums, last_save, before = dict.fromkeys(LOSSES, 0.0), elapsed, time.perf_counter()
@@ -304,14 +297,14 @@ def train(
                 bar.refresh()
                 sums = dict.fromkeys(LOSSES, 0.0)
             if elapsed - last_save > 60:
-                save()
+                training_state.save(state, parts, log, step=step, seen=seen, elapsed=elapsed)
                 last_save = elapsed
     except KeyboardInterrupt:
         print(f"interrupted after {step} steps; go on with --resume --state {state}")
         raise
     finally:
         bar.close()
-        save()
+        training_state.save(state, parts, log, step=step, seen=seen, elapsed=elapsed)
     print(f"{step} steps, {seen} pictures, {elapsed:.0f} s; now {test_items} test items of each level")
     model = model.half().eval()
     out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from prune.learned_scorer import SHIPPED, LearnedScorer, resize
 
-from .scenes_model import write_csv
+from . import training_state
+from .csv_file import write_csv
 from .text_pages import KINDS, SHARE, SIDE, Page, Pages, system_fonts
 
 EDGE = 28  # pixels along one edge of what the classifier sees
@@ -172,18 +173,10 @@ def train(
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=rate, weight_decay=0.01)
     more = tuple(system_fonts()) if fonts else ()
     done, elapsed, log = 0, 0.0, []
+    parts = dict(scorer=scorer, optimizer=optimizer)
     if resume:
-        saved = torch.load(state, weights_only=True)
-        scorer.load_state_dict(saved["scorer"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done, elapsed, log = saved["step"], saved["elapsed"], saved["log"]
-
-    def save() -> None:
-        part = state.with_suffix(".part")  # a killed run leaves the last whole file
-        parts = dict(scorer=scorer.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(dict(**parts, step=done, elapsed=elapsed, log=log), part)
-        part.replace(state)
-        write_csv(state.with_suffix(".csv"), log)
+        log, counters = training_state.load(state, parts)
+        done, elapsed = counters["step"], counters["elapsed"]
 
     sums, before, last_save = np.zeros(2), time.perf_counter(), elapsed
     bar = trange(done, steps, initial=done, total=steps, desc="training")
@@ -210,13 +203,13 @@ def train(
                 bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{100 * accuracy:.1f} %")
                 sums[:] = 0
             if elapsed - last_save > 30:
-                save()
+                training_state.save(state, parts, log, step=done, elapsed=elapsed)
                 last_save = elapsed
     except KeyboardInterrupt:
         print(f"interrupted after {done} steps; go on with --resume --state {state}")
         raise
     finally:
-        save()
+        training_state.save(state, parts, log, step=done, elapsed=elapsed)
     scorer.save_pretrained(out)
     rows = measure(LearnedScorer.from_pretrained(out), Pages("test", test_pages))  # the weights as rounded by saving
     write_csv(out / "accuracy.csv", rows)
