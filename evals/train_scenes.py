@@ -244,9 +244,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     state: Annotated[Path, typer.Option(help="File to resume from, written every minute.")] = Path("train_scenes.pt"),
-    test_items: Annotated[
-        int, typer.Option(min=12, help="Held-out items per level to measure on.")
-    ] = scenes.TEST_ITEMS,
+    test_items: Annotated[int, typer.Option(min=12, help="Held-out items per level.")] = scenes.TEST_ITEMS,
     resume: Annotated[bool, typer.Option(help="Go on from --state.")] = False,
 ) -> None:
     """Train the model, write its folder, and measure it on the held-out items."""
