@@ -23,8 +23,8 @@ def everything(
 ) -> None:
     """Every benchmark, each in a process of its own, to `<out>/<name>.csv`, and the plots of `model` beside them.
 
-    On a GPU the full models in bfloat16 (hours); on a CPU narrow ones (minutes). A benchmark that fails does not keep
-    the others from running; the exit code is 1 then.
+    On a GPU the full models in bfloat16 (hours); on a CPU narrow ones (half an hour). A benchmark that fails
+    does not keep the others from running; the exit code is 1 then.
     """
     cuda = torch.cuda.is_available()
     folder = Path(out) if out else RESULTS / (_slug(device_name("cuda")) if cuda else "cpu")

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import prune.kernels
 from prune.evals.bench_methods import DTYPES, within
-from prune.evals.bench_paired import Case, paired, quartiles_ms, setting, setting_line
+from prune.evals.bench_paired import Case, end, paired, quartiles_ms, reason, setting, setting_line
 from prune.evals.csv_file import write_csv
 from prune.kernels.compaction import compact
 from prune.kernels.graph import propagate
@@ -210,7 +210,8 @@ def kernels(
 ) -> None:
     """Time, FLOPs, bytes moved and peak memory of every kernel, in torch and in Triton, interleaved.
 
-    One image of N tokens of width 1024, 16 heads of 64; greedy choices and merges leave a ninth.
+    One image of N tokens of width 1024, 16 heads of 64; greedy choices and merges leave a ninth. A kernel that
+    breaks is a row that says so, and the exit code is 1.
     """
     if wrong := set(dtype) - set(DTYPES):
         raise typer.BadParameter(f"dtype {sorted(wrong)[0]!r} must be one of {', '.join(DTYPES)}")
@@ -233,6 +234,7 @@ def kernels(
             print(json.dumps(asdict(row)))
     else:
         Console().print(table(rows, device))
+    end(rows)
 
 
 def measure(name: str, n: int, dtype: str, rounds: int, limit: float, device: str) -> Iterator[Row]:
@@ -257,7 +259,7 @@ def measure(name: str, n: int, dtype: str, rounds: int, limit: float, device: st
                 row.peak_mib = round(peak_bytes(run, device) / 2**20, 6)
             cases[provider] = Case(run, partial(chosen, provider))
         except Exception as error:  # one that fails must not take the others down
-            row.note = f"{type(error).__name__}: {error}"[:120]
+            row.note = reason(error)
     for provider, seconds in (paired(cases, rounds, warmup=1) if cases else {}).items():
         row = found[provider]
         row.low_ms, row.median_ms, row.high_ms = quartiles_ms(seconds)

@@ -28,7 +28,7 @@ from prune.errors import PruneError
 from prune.evals.accounting import Account, account, account_full
 from prune.evals.bench_geometries import GEOMETRIES, TEXT, BenchGeometry
 from prune.evals.bench_model_rows import FULL, SHORT, Row, draw, table
-from prune.evals.bench_paired import quartiles_ms, setting, timed
+from prune.evals.bench_paired import end, quartiles_ms, reason, setting, timed
 from prune.evals.csv_file import write_csv
 from prune.evals.grid import fitted, parse_share
 from prune.registry import get_method, list_methods
@@ -76,7 +76,8 @@ def model(
     """Time to first token, decoding speed and memory of every method, against the un-pruned model and the short one.
 
     One image and 64 text tokens per prompt. All cases of a geometry, batch size and ratio take turns, in random order
-    within every round. A case that does not fit, or breaks, is a row that says so.
+    within every round. A case that does not fit, or breaks, is a row that says so; the exit
+    code is 1 if one breaks.
     """
     try:
         shares, names = {text: 1 - parse_share(str(1 - Fraction(text))) for text in ratio}, list_methods(pattern)
@@ -111,6 +112,7 @@ def model(
             torch.cuda.empty_cache()
     if plots:
         draw([asdict(row) | setting(device) for row in rows], Path(plots))
+    end(rows)
 
 
 def record(rows: list[Row], group: list[Row], csv: str, as_json: bool, device: str) -> None:
@@ -165,7 +167,7 @@ def measure(
                 with cell.attach():
                     took = _timed(net, cell.prefill, length, steps)
             except Exception as error:  # a row must not end the run
-                cell.row.note = _reason(error)
+                cell.row.note = reason(error)
                 alive = [other for other in alive if other is not cell]
                 continue
             cell.prefills.append(took[0])
@@ -228,7 +230,7 @@ def _try(net: nn.Module, cell: Cell, inputs: dict) -> bool:
                 row.selection_ms = round(1e3 * statistics.median(found), 3)
                 _read_report(net, cell, handle, inputs)
     except Exception as error:  # whatever breaks is a row, not the end
-        row.note = _reason(error)
+        row.note = reason(error)
         if cuda:
             torch.cuda.empty_cache()
         return False
@@ -245,12 +247,6 @@ def _read_report(net: nn.Module, cell: Cell, handle: Handle, inputs: dict) -> No
     pruned = sum(one.prefill for one in account(net, report, inputs))
     whole = sum(one.prefill for one in account_full(net, report, inputs))
     cell.row.flops_speedup = round(whole / pruned, 3)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _bytes(cache) -> int:

@@ -13,9 +13,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import typer
 from tqdm import tqdm
 
+from prune.errors import PruneError
 from prune.kernels.dispatch import choice
+
+BROKE = "broke: "
 
 
 @dataclass
@@ -84,3 +88,17 @@ def setting_line(device: str | torch.device) -> str:
     found = setting(device)
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "transformers") if found[name])
     return f"{found['device']}, {found['threads']} CPU threads; {versions}"
+
+
+def reason(error: Exception) -> str:
+    """Why a case has no numbers, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    line = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return line if isinstance(error, PruneError) else BROKE + line
+
+
+def end(rows: Sequence) -> None:
+    """Exit code 1 if a case broke; one that was refused, did not fit or took too long is a result."""
+    if any(row.note.startswith(BROKE) for row in rows):
+        raise typer.Exit(1)

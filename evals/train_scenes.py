@@ -30,6 +30,7 @@ from .scenes_model import CHECKPOINT, DECODER, MEAN, STD, TOWER, build_model, bu
 QUESTIONS = 8  # per picture
 BLOCK = 11  # tokens of the longest question and its answer
 FEW = 32  # image tokens the decoder is given at first: where to look is found faster, and at half the price
+MIN_ITEMS = max(len(level.answers) for level in scenes.LEVELS.values())  # one of every kind
 HARD_SHARE = 4  # one picture in four is a hard one
 _NAMES = [*"0123456789", *scenes.SHAPES]
 _COLOURS = list(scenes.COLOURS)
@@ -244,7 +245,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     state: Annotated[Path, typer.Option(help="File to resume from, written every minute.")] = Path("train_scenes.pt"),
-    test_items: Annotated[int, typer.Option(min=12, help="Held-out items per level.")] = scenes.TEST_ITEMS,
+    test_items: Annotated[int, typer.Option(min=MIN_ITEMS, help="Held-out items per level.")] = scenes.TEST_ITEMS,
     resume: Annotated[bool, typer.Option(help="Go on from --state.")] = False,
 ) -> None:
     """Train the model, write its folder, and measure it on the held-out items."""

@@ -160,7 +160,7 @@ def train(
     state: Annotated[Path, typer.Option(help="File to resume from, written twice a minute.")] = Path(
         "train_text_patches.pt"
     ),
-    test_pages: Annotated[int, typer.Option(help="Held-out pages to measure on.")] = 400,
+    test_pages: Annotated[int, typer.Option(min=1, help="Held-out pages to measure on.")] = 400,
     resume: Annotated[bool, typer.Option(help="Go on from --state.")] = False,
 ) -> None:
     """Train the classifier, write its folder, and measure it on held-out pages."""

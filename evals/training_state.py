@@ -1,4 +1,7 @@
-"""The file a training script goes on from: modules, optimiser, random state, counters, and the log beside it as CSV."""
+"""The file a training script goes on from: modules, optimiser, counters, torch's random state on the CPU.
+
+The log of the run lies beside it as CSV.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def save(file: Path, parts: Mapping[str, Any], log: list[dict], **counters: floa
 
 
 def load(file: Path, parts: Mapping[str, Any], device: str = "cpu") -> tuple[list[dict], dict[str, float]]:
-    """Bring `parts` and torch's random state to where they were saved; the log and the counters."""
+    """Bring `parts` and the random state to where they were saved; the log and the counters."""
     saved = torch.load(file, map_location=device, weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(saved.pop(name))

@@ -1,7 +1,11 @@
-"""One thread, a silent transformers, a count of the contract's cells, and a check that tests leave models bare."""
+"""One thread, a transformers that speaks in errors only, a count of the contract's cells, and a check for bare models.
+
+A model that a test shares must be left as it was.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -12,7 +16,18 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests import tiny, reference, matrix
 
 torch.set_num_threads(1)  # two busy ones are ten times slower on models this small
-transformers.logging.set_verbosity_error()
+
+
+class _Deprecations(logging.Handler):
+    """What transformers announces by its logger instead of a warning is an error as well (see filterwarnings)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+transformers.logging.disable_default_handler()
+transformers.logging.add_handler(_Deprecations())
 
 CELLS = ("test_contract", "test_bad_input", "test_vit_contract")
 

@@ -204,7 +204,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def model(self, name: str, rest: list[str], body: bytes) -> None:
         action, revision = rest[0] if rest else "revision", "/".join(rest[1:]) or "main"
-        if action in ("revision", "tree"):
+        if action in ("revision", "tree", "paths-info"):
             return self.tree(name, rest, body)
         if (found := self.repo(name, "main" if action == "branch" else revision)) is None:
             return None
@@ -245,6 +245,8 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, name: str, rest: list[str], body: bytes) -> None:
         """The commit of a revision with its files; or those under a path, or of those names, with their sizes."""
         action, *place = rest or ["revision"]
+        if action not in ("revision", "tree", "paths-info"):
+            return self.answer(404, {"error": f"no route {self.path}"})
         cut = len(place) if action == "revision" else 3 if place[0] == "refs" else 1
         if (found := self.repo(name, "/".join(place[:cut]) or "main")) is None:
             return
@@ -254,12 +256,19 @@ class Handler(BaseHTTPRequestHandler):
             name = name.removeprefix("datasets/")
             return self.answer(200, {"id": name, "sha": found[1], "siblings": siblings, "tags": []})
         wanted = parse_qs(body.decode()).get("paths", []) if action == "paths-info" else files
+        deep = action == "paths-info" or "recursive=true" in urlsplit(self.path).query.lower()
         listed = sorted(path for path in files if path in wanted and path.startswith(under))
         folders = {str(folder) for path in listed for folder in PurePosixPath(path[len(under) :]).parents} - {"."}
         entries = [
-            {"type": "file", "path": path, "size": len(files[path]), "oid": git_oid(files[path])} for path in listed
+            {"type": "file", "path": path, "size": len(files[path]), "oid": git_oid(files[path])}
+            for path in listed
+            if deep or "/" not in path[len(under) :]
         ]
-        entries += [{"type": "directory", "path": under + folder, "oid": git_oid(b"")} for folder in sorted(folders)]
+        entries += [
+            {"type": "directory", "path": under + folder, "oid": git_oid(b"")}
+            for folder in sorted(folders)
+            if deep or "/" not in folder
+        ]
         if under and not entries:
             return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
         self.answer(200, entries)

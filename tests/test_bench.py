@@ -243,7 +243,8 @@ def test_kernels_fails_and_runs_out_of_time_in_rows(monkeypatch):
 
     monkeypatch.setitem(PLAIN, "compact", broken)
     (row, _) = measure("compact", 40, "float32", rounds=1, limit=9, device="cpu")
-    assert row.note == "ValueError: not today" and row.median_ms is None
+    assert row.note == "broke: ValueError: not today" and row.median_ms is None
+    assert CliRunner().invoke(app, ["kernels", "compact", "-n", "40", "--rounds", "1"]).exit_code == 1
     monkeypatch.setitem(PLAIN, "compact", lambda *_: time.sleep(30))
     (row, _) = measure("compact", 40, "float32", rounds=1, limit=0.1, device="cpu")
     assert row.note == "more than 0.1 s" and row.peak_mib is None

@@ -50,9 +50,9 @@ def run(*arguments):
     return result
 
 
-def rows(*arguments):
+def rows(*arguments, code=0):
     result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return {row["method"]: row for row in map(json.loads, result.stdout.splitlines())}
 
 
@@ -85,11 +85,11 @@ def test_what_breaks_is_a_row(monkeypatch):
 
     monkeypatch.setattr(type(get_method("uniform")), "reduce", full)
     monkeypatch.setattr(type(get_method("divprune")), "reduce", broken)
-    found = rows("[ud]*", "--ratio", "3/4")
+    found = rows("[ud]*", "--ratio", "3/4", code=1)
     assert (found["uniform"]["note"], found["uniform"]["ttft_ms"]) == ("out of memory", None)
-    assert found["divprune"]["note"] == "ValueError: no such thing"
+    assert found["divprune"]["note"] == "broke: ValueError: no such thing"
     assert found["dart"]["ttft_ms"] > 0 and found["dart"]["note"] == ""
-    assert "out of memory" in run("[ud]*", "--ratio", "3/4").output
+    assert "out of memory" in run("u*", "--ratio", "3/4").output
 
 
 def test_a_model_too_large_is_a_row(monkeypatch, tmp_path):

