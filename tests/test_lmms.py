@@ -72,9 +72,19 @@ def signature(device_map: str | None) -> dict:
 )
 def test_place(monkeypatch, arguments, default, expected):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert place(arguments, signature(default)) == expected
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert place(arguments, signature(default)) == {}
+
+
+def test_place_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert place({}, signature("auto")) == place({}, signature("")) == {"device": "cpu", "device_map": "cpu"}
+    assert place({}, signature(None)) == {"device": "cpu"}
+    assert place({"device": "cuda:1"}, signature("auto")) == place({"device_map": "auto"}, signature("")) == {}
+    assert place({}, {}) == {}
 
 
 # --------------------------------------------------------------------------------------------- the model classes

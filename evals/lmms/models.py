@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from importlib import import_module
 
+import torch
+
 from prune.apply import apply_pruner
 from prune.errors import ConfigError
 from prune.evals.lmms.observed import Observed, Stop
@@ -99,12 +101,15 @@ class Pruned:
 
 
 def place(arguments: Mapping, parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
-    """A `device_map` where lmms-eval's own default fails: "" does under transformers 5, "auto" sends inputs to a GPU
-    even on a CPU. Several processes place themselves."""
-    if "device_map" in arguments or "device_map" not in parameters or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    """`device` and `device_map` where lmms-eval's own defaults fail: "cuda" without a GPU; "" under transformers 5;
+    "auto", which sends inputs to a GPU even on a CPU. Several processes place themselves."""
+    if "device" not in parameters or "device_map" in arguments or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return {}
-    device = arguments.get("device") or parameters["device"].default
-    return {"device_map": device} if parameters["device_map"].default == "" or device == "cpu" else {}
+    chosen = {} if "device" in arguments or torch.cuda.is_available() else {"device": "cpu"}
+    device = arguments.get("device") or chosen.get("device") or parameters["device"].default
+    if "device_map" in parameters and (parameters["device_map"].default == "" or device == "cpu"):
+        chosen["device_map"] = device
+    return chosen
 
 
 def take_options(arguments: dict, options: dict | str | None) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from pathlib import Path
 
@@ -27,29 +28,18 @@ def fill(hub: FakeHub, served: bool) -> None:
     hub.put(VIT, {"model.safetensors": _vit(), "config.json": b'{"architecture": "vit_base_patch16_224"}'})
     asked = [{"question": ASKED, "answer": answer, "category": "existence"} for answer in ("yes", "no") * 3]
     pictures = [photo(seed) for seed in range(len(asked))]
-    hub.put(
-        "datasets/lmms-lab/POPE",
-        _dataset("default", "test", [{"image": one} | row for one, row in zip(pictures, asked)]),
-    )
+    popes = [{"image": picture} | row for picture, row in zip(pictures, asked)]
+    _put(hub, "lmms-lab/POPE", "test", default=popes)
     pairs = [  # MME asks two questions of a picture, and scores perception and cognition
-        {"question_id": f"{kind}/{i // 2}.png", "image": pictures[i // 2]} | row | {"category": kind}
+        row | {"question_id": f"{kind}/{i // 2}.png", "image": pictures[i // 2], "category": kind}
         for kind in ("existence", "code_reasoning")
         for i, row in enumerate(asked)
     ]
-    hub.put("datasets/lmms-lab-encoder/MME", _dataset("default", "test", pairs))
-    shown = [{"id": str(i), "image": one} for i, one in enumerate(pictures)]
-    told = [
-        {
-            "id": str(i),
-            "imageId": str(i),
-            "question": row["question"],
-            "answer": row["answer"],
-            "fullAnswer": row["answer"],
-        }
-        for i, row in enumerate(asked)
-    ]
-    images = _dataset("testdev_balanced_images", "testdev", shown)
-    hub.put("datasets/lmms-lab-encoder/GQA", images | _dataset("testdev_balanced_instructions", "testdev", told))
+    _put(hub, "lmms-lab-encoder/MME", "test", default=pairs)
+    shown = [{"id": str(i), "image": picture} for i, picture in enumerate(pictures)]
+    told = [row | {"id": str(i), "imageId": str(i), "fullAnswer": row["answer"]} for i, row in enumerate(asked)]
+    gqa = {"testdev_balanced_images": shown, "testdev_balanced_instructions": told}
+    _put(hub, "lmms-lab-encoder/GQA", "testdev", **gqa)
 
 
 def photo(seed: int, size: int = 224) -> Image.Image:
@@ -79,9 +69,14 @@ def _vit() -> bytes:
     return save(timm.create_model("vit_base_patch16_224").state_dict())
 
 
-def _dataset(config: str, split: str, rows: list[dict]) -> dict[str, bytes]:
-    """Files of a dataset with one configuration; those of several can be put together."""
-    table = datasets.Dataset.from_list(rows)
-    file = io.BytesIO()
-    table.to_parquet(file)
-    return {f"{config}/{split}-00000-of-00001.parquet": file.getvalue()}
+def _put(hub: FakeHub, name: str, split: str, **configurations: list[dict]) -> None:
+    """A dataset of one split, with a card that names its configurations."""
+    files, card = {}, []
+    for config, rows in configurations.items():
+        file = io.BytesIO()
+        datasets.Dataset.from_list(rows).to_parquet(file)
+        path = f"{config}/{split}-00000-of-00001.parquet"
+        files[path] = file.getvalue()
+        card.append({"config_name": config, "data_files": [{"split": split, "path": path}]})
+    files["README.md"] = f"---\n{json.dumps({'configs': card})}\n---\n".encode()  # JSON is YAML
+    hub.put(f"datasets/{name}", files)
