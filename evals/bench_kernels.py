@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import prune.kernels
 from prune.evals.bench_methods import DTYPES, within
-from prune.evals.bench_paired import Case, end, paired, quartiles_ms, reason, setting, setting_line
+from prune.evals.bench_paired import Case, exit_if_broken, paired, quartiles_ms, reason, setting, setting_line
 from prune.evals.csv_file import write_csv
 from prune.kernels.compaction import compact
 from prune.kernels.graph import propagate
@@ -234,7 +234,7 @@ def kernels(
             print(json.dumps(asdict(row)))
     else:
         Console().print(table(rows, device))
-    end(rows)
+    exit_if_broken(rows)
 
 
 def measure(name: str, n: int, dtype: str, rounds: int, limit: float, device: str) -> Iterator[Row]:

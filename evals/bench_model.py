@@ -28,7 +28,7 @@ from prune.errors import PruneError
 from prune.evals.accounting import Account, account, account_full
 from prune.evals.bench_geometries import GEOMETRIES, TEXT, BenchGeometry
 from prune.evals.bench_model_rows import FULL, SHORT, Row, draw, table
-from prune.evals.bench_paired import end, quartiles_ms, reason, setting, timed
+from prune.evals.bench_paired import exit_if_broken, quartiles_ms, reason, setting, timed
 from prune.evals.csv_file import write_csv
 from prune.evals.grid import fitted, parse_share
 from prune.registry import get_method, list_methods
@@ -112,7 +112,7 @@ def model(
             torch.cuda.empty_cache()
     if plots:
         draw([asdict(row) | setting(device) for row in rows], Path(plots))
-    end(rows)
+    exit_if_broken(rows)
 
 
 def record(rows: list[Row], group: list[Row], csv: str, as_json: bool, device: str) -> None:

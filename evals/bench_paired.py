@@ -98,7 +98,7 @@ def reason(error: Exception) -> str:
     return line if isinstance(error, PruneError) else BROKE + line
 
 
-def end(rows: Sequence) -> None:
+def exit_if_broken(rows: Sequence) -> None:
     """Exit code 1 if a case broke; one that was refused, did not fit or took too long is a result."""
     if any(row.note.startswith(BROKE) for row in rows):
         raise typer.Exit(1)

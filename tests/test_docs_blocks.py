@@ -63,7 +63,12 @@ class Block:
         """The command lines of a block that is no other language's; none if it shows output."""
         if self.language not in SHELL:
             return []
-        return [line for line in self.code.replace("\\\n", " ").splitlines() if _is_command(line)]
+        return [line for line in self.joined if _is_command(line)]
+
+    @property
+    def joined(self) -> list[str]:
+        """All lines; one that goes on in the next is one."""
+        return self.code.replace("\\\n", " ").splitlines()
 
     @property
     def commands(self) -> list[list[str]]:
@@ -100,8 +105,7 @@ def test_every_fence_is_seen():
         for block in blocks(page):
             where = f"{page}, line {block.line + 1}"
             assert block.language in ("python", "json", "toml", *SHELL), f"{where}: nothing runs {block.language}"
-            whole = len(block.code.replace("\\\n", " ").splitlines())
-            assert len(block.lines) in (0, whole), f"{where}: commands and what is none in one block"
+            assert len(block.lines) in (0, len(block.joined)), f"{where}: commands and what is none in one block"
             assert block.lines or block.language != "sh", f"{where}: no command that we know"
 
 

